@@ -1,0 +1,255 @@
+#include "vmm/block.h"
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include "vmm/cleanup.h"
+#include "vmm/error.h"
+#include "vmm/facts.h"
+#include "vmm/opts.h"
+#include "format.h"
+
+static const struct format_ops *const formats[] = { &raw_format };
+
+static const char *const cache_names[] = { [CACHE_WRITEBACK] = "writeback", [CACHE_NONE] = "none",
+	[CACHE_WRITETHROUGH] = "writethrough", [CACHE_UNSAFE] = "unsafe", NULL };
+
+/* ---- opening; main thread ---- */
+
+struct keys {
+	const char *file;
+	const struct format_ops *fmt;
+	bool fmt_chosen, readonly, discard;
+	enum cache_mode cache;
+};
+
+static int read_format(struct keys *k, struct opts *o, struct error *err)
+{
+	const char *names[ARRAY_LEN(formats) + 1];
+	int i = 0, r;
+
+	for (size_t n = 0; n < ARRAY_LEN(formats); n++)
+		names[n] = formats[n]->name;
+	names[ARRAY_LEN(formats)] = NULL;
+	r = opts_choice(o, "format", names, &i, err);
+	if (r)
+		return r;
+	k->fmt = formats[i];
+	k->fmt_chosen = opts_str(o, "format");
+	return 0;
+}
+
+static int read_keys(struct keys *k, struct opts *o, struct error *err)
+{
+	/* on and off, or as QEMU says it */
+	static const char *const discards[] = { "on", "off", "unmap", "ignore", NULL };
+	int cache = CACHE_WRITEBACK, discard = 0, r;
+
+	k->file = opts_str(o, "file");
+	k->readonly = false;
+	if ((r = read_format(k, o, err)) || (r = opts_bool(o, "ro", &k->readonly, err)) ||
+		(r = opts_bool(o, "readonly", &k->readonly, err)) ||
+		(r = opts_choice(o, "cache", cache_names, &cache, err)) ||
+		(r = opts_choice(o, "discard", discards, &discard, err)))
+		return r;
+	k->cache = (enum cache_mode)cache;
+	k->discard = discard % 2 == 0;
+	if (!k->file || !*k->file)
+		return error_set(err, EINVAL, "%s: no file named: file=FILE", opts_option(o));
+	return 0;
+}
+
+static int open_image(struct disk *d, const struct keys *k, struct error *err)
+{
+	int r = file_open(&d->file, k->file, k->readonly, k->cache == CACHE_NONE, err);
+
+	if (r)
+		return r;
+	r = lock_image(d->file.fd, k->file, k->readonly, err);
+	if (r)
+		return r;
+	r = file_prepare(&d->file, err);
+	if (r) {
+		error_prefix(err, "'%s': ", k->file);
+		return r;
+	}
+	return d->fmt->open(d, k->fmt_chosen, err);
+}
+
+int disk_open(struct disk **ret, struct opts *o, struct error *err)
+{
+	struct disk *d;
+	struct keys k;
+	int r = read_keys(&k, o, err);
+
+	if (r)
+		return r;
+	d = calloc(1, sizeof(*d));
+	if (!d)
+		return error_set(err, ENOMEM, "%s: out of memory", opts_option(o));
+	d->file.fd = -1;
+	d->idle = true;
+	d->fmt = k.fmt;
+	d->cache = k.cache;
+	d->discard = k.discard;
+	d->writethrough = k.cache == CACHE_WRITETHROUGH;
+	d->path = strdup(k.file);
+	r = d->path ? open_image(d, &k, err) : error_set(err, ENOMEM, "out of memory");
+	if (r) {
+		error_prefix(err, "%s: ", opts_option(o));
+		disk_close(d);
+		return r;
+	}
+	*ret = d;
+	return 0;
+}
+
+void disk_close(struct disk *d)
+{
+	if (!d)
+		return;
+	assert(!d->inflight);
+	file_close(&d->file);
+	free(d->path);
+	free(d);
+}
+
+void disk_set_home(struct disk *d, struct loop *home)
+{
+	d->file.home = home;
+}
+
+/* ---- any thread ---- */
+
+uint64_t disk_size(const struct disk *d)
+{
+	return d->size;
+}
+
+bool disk_readonly(const struct disk *d)
+{
+	return d->file.readonly;
+}
+
+bool disk_can_discard(const struct disk *d)
+{
+	return d->discard && !d->file.readonly;
+}
+
+bool disk_has_writeback(const struct disk *d)
+{
+	return d->cache != CACHE_WRITETHROUGH;
+}
+
+uint32_t disk_block_size(const struct disk *d)
+{
+	return MAX(d->file.physical, d->file.align);
+}
+
+/* ---- requests; home loop ---- */
+
+static void finish(struct blk_req *r, int err)
+{
+	struct disk *d = r->disk;
+
+	if (err == -ENOSPC || err == -EDQUOT || err == -EFBIG)
+		log_guest(&d->limit, "'%s': a write failed: %s", d->path, strerrordesc_np(-err));
+	d->inflight--;
+	d->idle = d->inflight == 0;
+	r->done(r, err);
+}
+
+static void synced(struct blk_req *r, int err)
+{
+	struct disk *d = r->disk;
+
+	if (err && !d->flush_failed) {
+		d->flush_failed = true;
+		log_guest(&d->limit, "'%s': a flush failed (%s): every later one fails too", d->path,
+			strerrordesc_np(-err));
+	}
+	finish(r, err);
+}
+
+/*
+ * The kernel reports a lost write to one fdatasync() and then forgets it: the next would succeed although
+ * the data is gone. So a failed one is never asked again.
+ */
+static void sync_request(struct disk *d, struct blk_req *r)
+{
+	if (d->cache == CACHE_UNSAFE)
+		return finish(r, 0);
+	if (d->flush_failed)
+		return finish(r, -EIO);
+	r->tries = 0;
+	r->step = synced;
+	file_sync(&d->file, r);
+}
+
+static void moved(struct blk_req *r, int err)
+{
+	struct disk *d = r->disk;
+
+	if (!err && r->op != BLK_READ && r->op != BLK_DISCARD && d->writethrough)
+		return sync_request(d, r);
+	finish(r, err);
+}
+
+static int check(const struct disk *d, const struct blk_req *r)
+{
+	if (r->op == BLK_FLUSH)
+		return 0;
+	if (r->off > d->size || r->len > d->size - r->off || r->off % SECTOR || r->len % SECTOR)
+		return -EINVAL;
+	if (r->op != BLK_READ && d->file.readonly)
+		return -EROFS;
+	if (r->op == BLK_DISCARD && !d->discard)
+		return -EOPNOTSUPP;
+	return 0;
+}
+
+void disk_submit(struct disk *d, struct blk_req *r)
+{
+	int err;
+
+	ON_LOOP(d->file.home);
+	r->disk = d;
+	d->inflight++;
+	d->idle = false;
+	err = check(d, r);
+	if (err)
+		return finish(r, err);
+	if (r->op == BLK_FLUSH)
+		return sync_request(d, r);
+	if (!r->len)
+		return finish(r, 0);
+	r->pos = r->off;
+	r->left = r->len;
+	r->step = moved;
+	file_submit(&d->file, r);
+}
+
+void disk_drain(struct disk *d)
+{
+	ON_LOOP(d->file.home);
+	if (!d->idle)
+		loop_drain(d->file.home, &d->idle);
+	assert(d->idle);
+}
+
+void disk_set_writethrough(struct disk *d, bool on)
+{
+	ON_LOOP(d->file.home);
+	d->writethrough = on;
+}
+
+/* ---- main thread ---- */
+
+void disk_describe(const struct disk *d, struct facts *f)
+{
+	facts_str(f, "file", d->path);
+	facts_str(f, "format", d->fmt->name);
+	facts_u64(f, "size", d->size);
+	facts_bool(f, "readonly", d->file.readonly);
+	facts_str(f, "cache", cache_names[d->cache]);
+}

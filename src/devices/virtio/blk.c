@@ -1,0 +1,508 @@
+/*
+ * virtio-blk (virtio 1.2, 5.2).
+ *
+ * How this works. A chain is a 16-byte header, data, and one status byte, cut into descriptors anywhere.
+ * What carries data gets a slot: the disk's request, the iovecs of the data and the place of the status
+ * byte. Slots come from slabs that are made when the guest's depth first asks for them and are kept;
+ * there can never be more than the rings have heads. All queues live on one loop, so the slots need no
+ * lock. A request that the guest got wrong fails with a status; one without a place for a status, or
+ * that breaks a rule of its kind's shape, breaks the device.
+ */
+#include <endian.h>
+#include <errno.h>
+#include <linux/virtio_blk.h>
+#include <linux/virtio_ids.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+#include "vmm/block.h"
+#include "vmm/cleanup.h"
+#include "vmm/error.h"
+#include "vmm/facts.h"
+#include "vmm/opts.h"
+#include "vmm/virtio.h"
+#include "vmm/vm.h"
+
+#define SECTOR          512u
+#define QUEUE_SIZE      256
+#define QUEUES_MAX      16
+#define SLAB_SLOTS      16
+#define SLABS_MAX       (QUEUES_MAX * QUEUE_SIZE / SLAB_SLOTS)
+#define DISCARD_SECTORS (2u << 20)      /* 1 GiB a request */
+#define ZERO_SECTORS    (128u << 10)    /* 64 MiB: a host that must write them is busy for a while */
+
+struct slot {
+	struct blk_req req;
+	struct blk *b;
+	struct virtq *q;
+	uint16_t head;
+	uint32_t in_len;                /* bytes that a success stores before the status byte */
+	uint8_t *status;
+	struct slot *next;              /* free */
+	struct iovec iov[BLK_IOVS];
+};
+
+struct count {
+	_Atomic uint64_t n;             /* written by the home loop only */
+};
+
+struct blk {
+	struct virtio v;
+	struct disk *disk;
+	char serial[VIRTIO_BLK_ID_BYTES];
+
+	/* home loop */
+	struct slot *free;
+	struct slot *slab[SLABS_MAX];
+	unsigned nr_slabs;
+	bool live;                      /* between start and stop */
+	bool writeback;                 /* what the driver wants, where it may choose */
+	struct count reads, writes, flushes, discards, bytes_read, bytes_written, errors;
+};
+
+static void count_add(struct count *c, uint64_t n)
+{
+	atomic_store_explicit(&c->n, atomic_load_explicit(&c->n, memory_order_relaxed) + n,
+		memory_order_relaxed);
+}
+
+static uint64_t count_get(const struct count *c)
+{
+	return atomic_load_explicit(&c->n, memory_order_relaxed);
+}
+
+/* ---- slots; home loop ---- */
+
+static int add_slab(struct blk *b)
+{
+	struct slot *s;
+
+	if (b->nr_slabs == SLABS_MAX)
+		return -ENOMEM;
+	s = calloc(SLAB_SLOTS, sizeof(*s));
+	if (!s)
+		return -ENOMEM;
+	b->slab[b->nr_slabs++] = s;
+	for (unsigned i = 0; i < SLAB_SLOTS; i++) {
+		s[i].b = b;
+		s[i].next = b->free;
+		b->free = &s[i];
+	}
+	return 0;
+}
+
+static struct slot *take_slot(struct blk *b)
+{
+	struct slot *s;
+
+	if (!b->free && add_slab(b))
+		return NULL;
+	s = b->free;
+	b->free = s->next;
+	return s;
+}
+
+static void put_slot(struct blk *b, struct slot *s)
+{
+	s->next = b->free;
+	b->free = s;
+}
+
+/* ---- completion; home loop ---- */
+
+/* written: bytes stored before the status byte, as a length from the chain's start. */
+static void answer(struct blk *b, struct virtq *q, uint16_t head, uint8_t *at, uint8_t status,
+	uint32_t written)
+{
+	if (status != VIRTIO_BLK_S_OK)
+		count_add(&b->errors, 1);
+	*(volatile uint8_t *)at = status;
+	virtq_push(q, head, written + 1);
+}
+
+static uint8_t status_of(int err)
+{
+	return !err ? VIRTIO_BLK_S_OK : err == -EOPNOTSUPP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR;
+}
+
+static void count_success(struct blk *b, const struct blk_req *r)
+{
+	switch (r->op) {
+	case BLK_READ:
+		count_add(&b->reads, 1);
+		count_add(&b->bytes_read, r->len);
+		break;
+	case BLK_WRITE:
+		count_add(&b->writes, 1);
+		count_add(&b->bytes_written, r->len);
+		break;
+	case BLK_FLUSH:
+		count_add(&b->flushes, 1);
+		break;
+	case BLK_DISCARD:
+	case BLK_ZERO:
+		count_add(&b->discards, 1);
+		break;
+	}
+}
+
+static void request_done(struct blk_req *r, int err)
+{
+	struct slot *s = container_of(r, struct slot, req);
+	struct blk *b = s->b;
+
+	if (!err)
+		count_success(b, r);
+	answer(b, s->q, s->head, s->status, status_of(err), err ? 0 : s->in_len);
+	put_slot(b, s);
+}
+
+/* ---- requests; home loop ---- */
+
+/* One chain, taken apart: the header and the status byte are off its ends. */
+struct parsed {
+	struct virtq *q;
+	uint16_t head;
+	uint32_t type;
+	uint64_t sector;
+	struct iov_view out, in;        /* what is between them */
+	uint8_t *status;
+};
+
+static void fail(struct blk *b, const struct parsed *p, uint8_t status)
+{
+	answer(b, p->q, p->head, p->status, status, 0);
+}
+
+static struct slot *slot_for(struct blk *b, const struct parsed *p, enum blk_op op)
+{
+	struct slot *s = take_slot(b);
+
+	if (!s)
+		return NULL;
+	s->q = p->q;
+	s->head = p->head;
+	s->status = p->status;
+	s->in_len = 0;
+	s->req.op = op;
+	s->req.unmap = false;
+	s->req.off = s->req.len = 0;
+	s->req.iov = s->iov;
+	s->req.cnt = 0;
+	s->req.done = request_done;
+	return s;
+}
+
+static void transfer(struct blk *b, const struct parsed *p, enum blk_op op)
+{
+	const struct iov_view *data = op == BLK_READ ? &p->in : &p->out;
+	struct slot *s;
+
+	/* In sectors, so that nothing can wrap; the disk proves the range again in bytes. */
+	if (data->len % SECTOR || p->sector > UINT64_MAX / SECTOR)
+		return fail(b, p, VIRTIO_BLK_S_IOERR);
+	s = slot_for(b, p, op);
+	if (!s)
+		return fail(b, p, VIRTIO_BLK_S_IOERR);
+	s->req.off = p->sector * SECTOR;
+	s->req.len = data->len;
+	s->req.cnt = iov_export(data, s->iov, BLK_IOVS);
+	if (!s->req.cnt && data->len) {         /* more segments than seg_max */
+		put_slot(b, s);
+		return fail(b, p, VIRTIO_BLK_S_IOERR);
+	}
+	if (op == BLK_READ)
+		s->in_len = (uint32_t)data->len;
+	disk_submit(b->disk, &s->req);
+}
+
+static void flush(struct blk *b, const struct parsed *p)
+{
+	struct slot *s;
+
+	if (p->out.len || p->in.len)
+		return virtio_break(&b->v, "flush request with data");
+	s = slot_for(b, p, BLK_FLUSH);
+	if (!s)
+		return fail(b, p, VIRTIO_BLK_S_IOERR);
+	disk_submit(b->disk, &s->req);
+}
+
+static void get_id(struct blk *b, struct parsed *p)
+{
+	answer(b, p->q, p->head, p->status, VIRTIO_BLK_S_OK,
+		(uint32_t)iov_write(&p->in, b->serial, sizeof(b->serial)));
+}
+
+/* Discard and write zeroes: exactly one segment, as the configuration says. */
+static void range(struct blk *b, struct parsed *p, enum blk_op op)
+{
+	struct virtio_blk_discard_write_zeroes seg;
+	uint64_t sector;
+	uint32_t n, flags;
+	struct slot *s;
+
+	if (!virtio_has(&b->v, op == BLK_ZERO ? VIRTIO_BLK_F_WRITE_ZEROES : VIRTIO_BLK_F_DISCARD))
+		return fail(b, p, VIRTIO_BLK_S_UNSUPP);
+	if (p->out.len != sizeof(seg) || !IOV_GET(&p->out, &seg))
+		return fail(b, p, VIRTIO_BLK_S_IOERR);
+	sector = le64toh(seg.sector);
+	n = le32toh(seg.num_sectors);
+	flags = le32toh(seg.flags);
+	/* virtio 1.2, 5.2.6.2: unknown flags, and unmap in a discard, are unsupported */
+	if (flags & ~(op == BLK_ZERO ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0u))
+		return fail(b, p, VIRTIO_BLK_S_UNSUPP);
+	if (n > (op == BLK_ZERO ? ZERO_SECTORS : DISCARD_SECTORS) || sector > UINT64_MAX / SECTOR)
+		return fail(b, p, VIRTIO_BLK_S_IOERR);
+	s = slot_for(b, p, op);
+	if (!s)
+		return fail(b, p, VIRTIO_BLK_S_IOERR);
+	s->req.off = sector * SECTOR;
+	s->req.len = (uint64_t)n * SECTOR;
+	s->req.unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+	disk_submit(b->disk, &s->req);
+}
+
+static void request(struct blk *b, struct parsed *p)
+{
+	switch (p->type) {
+	case VIRTIO_BLK_T_IN:
+		return transfer(b, p, BLK_READ);
+	case VIRTIO_BLK_T_OUT:
+		return transfer(b, p, BLK_WRITE);
+	case VIRTIO_BLK_T_FLUSH:
+		return flush(b, p);
+	case VIRTIO_BLK_T_GET_ID:
+		return get_id(b, p);
+	case VIRTIO_BLK_T_DISCARD:
+		return range(b, p, BLK_DISCARD);
+	case VIRTIO_BLK_T_WRITE_ZEROES:
+		return range(b, p, BLK_ZERO);
+	default:
+		return fail(b, p, VIRTIO_BLK_S_UNSUPP);
+	}
+}
+
+/* False: it has no place for an answer, and the device is broken. */
+static bool parse(struct blk *b, struct virtq *q, struct virtq_chain *c, struct parsed *p)
+{
+	struct virtio_blk_outhdr h;
+	struct iov_view last;
+	struct iovec byte;
+
+	if (!IOV_GET(&c->out, &h)) {
+		virtio_break(&b->v, "request shorter than its header");
+		return false;
+	}
+	last = iov_take_back(&c->in, 1);
+	if (iov_export(&last, &byte, 1) != 1) {
+		virtio_break(&b->v, "request without a status byte");
+		return false;
+	}
+	*p = (struct parsed){ .q = q, .head = c->head, .type = le32toh(h.type),
+		.sector = le64toh(h.sector), .out = c->out, .in = c->in, .status = byte.iov_base };
+	return true;
+}
+
+/* ---- the device; home loop ---- */
+
+static void blk_notify(struct virtio *v, struct virtq *q)
+{
+	struct blk *b = container_of(v, struct blk, v);
+	struct virtq_chain c;
+	struct parsed p;
+
+	ON_LOOP(v->home);
+	while (virtq_pop(q, &c) > 0) {
+		if (!parse(b, q, &c, &p))
+			return;
+		request(b, &p);
+	}
+}
+
+static void apply_cache(struct blk *b, bool writeback)
+{
+	uint8_t wce = writeback;
+
+	virtio_config_set(&b->v, offsetof(struct virtio_blk_config, wce), &wce, 1);
+	if (b->live)
+		disk_set_writethrough(b->disk, !writeback);
+}
+
+static int blk_start(struct virtio *v)
+{
+	struct blk *b = container_of(v, struct blk, v);
+
+	disk_set_home(b->disk, v->home);
+	b->live = true;
+	/* virtio 1.2, 5.2.5.2: a driver that cannot flush gets a write-through disk */
+	apply_cache(b, b->writeback && virtio_has(v, VIRTIO_BLK_F_FLUSH));
+	return 0;
+}
+
+static void blk_stop(struct virtio *v)
+{
+	struct blk *b = container_of(v, struct blk, v);
+
+	disk_drain(b->disk);
+	b->live = false;
+	b->writeback = disk_has_writeback(b->disk);     /* the next driver starts afresh */
+	apply_cache(b, b->writeback);
+}
+
+static void blk_config_write(struct virtio *v, unsigned off, unsigned size, uint64_t val)
+{
+	struct blk *b = container_of(v, struct blk, v);
+
+	/* virtio 1.2, 5.2.5.1: the cache mode is the only writable field */
+	if (off != offsetof(struct virtio_blk_config, wce) || size != 1 || val > 1 ||
+		!virtio_has(v, VIRTIO_BLK_F_CONFIG_WCE))
+		return;
+	b->writeback = val;
+	apply_cache(b, b->writeback);
+}
+
+/* ---- main thread ---- */
+
+static void blk_facts(struct virtio *v, struct facts *f)
+{
+	struct blk *b = container_of(v, struct blk, v);
+
+	disk_describe(b->disk, f);
+	facts_u64(f, "reads", count_get(&b->reads));
+	facts_u64(f, "writes", count_get(&b->writes));
+	facts_u64(f, "flushes", count_get(&b->flushes));
+	facts_u64(f, "discards", count_get(&b->discards));
+	facts_u64(f, "bytes_read", count_get(&b->bytes_read));
+	facts_u64(f, "bytes_written", count_get(&b->bytes_written));
+	facts_u64(f, "errors", count_get(&b->errors));
+}
+
+static void blk_free(struct virtio *v)
+{
+	struct blk *b = container_of(v, struct blk, v);
+
+	disk_close(b->disk);
+	for (unsigned i = 0; i < b->nr_slabs; i++)
+		free(b->slab[i]);
+	free(b);
+}
+
+static const struct virtio_ops blk_ops = {
+	.name = "blk",
+	.id = VIRTIO_ID_BLOCK,
+	.start = blk_start,
+	.stop = blk_stop,
+	.notify = blk_notify,
+	.config_write = blk_config_write,
+	.facts = blk_facts,
+	.free = blk_free,
+};
+
+static uint64_t features_of(const struct disk *d, unsigned queues)
+{
+	uint64_t f = 1ull << VIRTIO_BLK_F_SEG_MAX | 1ull << VIRTIO_BLK_F_BLK_SIZE |
+		1ull << VIRTIO_BLK_F_TOPOLOGY | 1ull << VIRTIO_BLK_F_FLUSH |
+		1ull << VIRTIO_BLK_F_CONFIG_WCE;
+
+	if (disk_readonly(d))
+		f |= 1ull << VIRTIO_BLK_F_RO;
+	else
+		f |= 1ull << VIRTIO_BLK_F_WRITE_ZEROES;
+	if (disk_can_discard(d))
+		f |= 1ull << VIRTIO_BLK_F_DISCARD;
+	if (queues > 1)
+		f |= 1ull << VIRTIO_BLK_F_MQ;
+	return f;
+}
+
+static void fill_config(struct virtio_blk_config *c, const struct disk *d, unsigned queues)
+{
+	uint32_t block = disk_block_size(d);
+
+	*c = (struct virtio_blk_config){
+		.capacity = htole64(disk_size(d) / SECTOR),
+		.seg_max = htole32(BLK_IOVS),
+		.blk_size = htole32(SECTOR),
+		.physical_block_exp = (uint8_t)__builtin_ctz(block / SECTOR),
+		.min_io_size = htole16((uint16_t)(block / SECTOR)),
+		.wce = disk_has_writeback(d),
+		.num_queues = htole16((uint16_t)queues),
+	};
+	if (disk_can_discard(d)) {
+		c->max_discard_sectors = htole32(DISCARD_SECTORS);
+		c->max_discard_seg = htole32(1);
+		c->discard_sector_alignment = htole32(block / SECTOR);
+	}
+	if (!disk_readonly(d)) {
+		c->max_write_zeroes_sectors = htole32(ZERO_SECTORS);
+		c->max_write_zeroes_seg = htole32(1);
+		c->write_zeroes_may_unmap = disk_can_discard(d);
+	}
+}
+
+static int read_keys(struct blk *b, struct opts *o, uint64_t *queues, struct error *err)
+{
+	const char *serial = opts_str(o, "serial");
+	int r;
+
+	*queues = 1;
+	r = opts_u64(o, "queues", 1, QUEUES_MAX, queues, err);
+	if (r)
+		return r;
+	if (serial && strlen(serial) > sizeof(b->serial))
+		return error_set(err, EINVAL, "%s: serial=%s: at most %zu characters", opts_option(o), serial,
+			sizeof(b->serial));
+	if (serial)
+		memcpy(b->serial, serial, strlen(serial));
+	return opts_end(o, err);
+}
+
+/* Everything but handing it to the machine. */
+static int make(struct blk **ret, struct opts *o, struct error *err)
+{
+	struct blk *b = calloc(1, sizeof(*b));
+	struct virtio_blk_config config;
+	uint64_t queues;
+	int r;
+
+	if (!b)
+		return error_set(err, ENOMEM, "%s: out of memory", opts_option(o));
+	r = disk_open(&b->disk, o, err);
+	if (!r)
+		r = read_keys(b, o, &queues, err);
+	if (r) {
+		disk_close(b->disk);
+		free(b);
+		return r;
+	}
+	b->writeback = disk_has_writeback(b->disk);
+	virtio_init(&b->v, &blk_ops, features_of(b->disk, (unsigned)queues), sizeof(config));
+	for (unsigned i = 0; i < queues; i++)
+		virtio_add_queue(&b->v, QUEUE_SIZE);
+	fill_config(&config, b->disk, (unsigned)queues);
+	virtio_config_set(&b->v, 0, &config, sizeof(config));
+	*ret = b;
+	return 0;
+}
+
+static int blk_create(struct vm *vm, struct opts *o, struct error *err)
+{
+	struct blk *b = NULL;
+	int r = make(&b, o, err);
+
+	if (r)
+		return r;
+	r = vm_add_virtio(vm, &b->v, err);
+	if (r)
+		blk_free(&b->v);
+	return r;
+}
+
+const struct device_class blk_class = {
+	.name = "blk",
+	.help = "file=FILE[,format=raw][,ro][,cache=writeback|none|writethrough|unsafe][,discard=on|off]"
+		"[,serial=TEXT][,queues=1-16]",
+	.implied = "file",
+	.create = blk_create,
+};
