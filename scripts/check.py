@@ -126,23 +126,14 @@ def pytest(path, *args, directory='build'):
 		failed.append(f'{path}: pytest ended with status {status}')
 
 
-def bed_rows(*only):
+def bed():
 	report = TOP / 'build/bed.json'
 	report.unlink(missing_ok=True)
-	status = run([PYTHON, 'tests/nested/bed.py', '--results', report, *(a for name in only for a in ('--only', name))])
+	status = run([PYTHON, 'tests/nested/bed.py', '--results', report])
 	if not report.exists():
-		return [{'name': 'bed', 'outcome': 'fail', 'words': f'no results, status {status}'}]
-	return json.loads(report.read_text())
-
-
-def bed():
-	"""A case that fails in the emulated machine runs once more, and that is said: its emulated vCPUs are not beyond doubt."""
-	rows = bed_rows()
-	again = sorted({r['name'].split('/')[0] for r in rows if r['outcome'] != 'pass'})
-	if again:
-		print(f'bed: failed, so once more: {", ".join(again)}', flush=True)
-		rows = [r for r in rows if r['name'].split('/')[0] not in again] + bed_rows(*again)
-	for row in rows:
+		failed.append(f'bed: no results, status {status}')
+		return
+	for row in json.loads(report.read_text()):
 		name = f'bed: {row["name"]}'
 		(passed if row['outcome'] == 'pass' else failed).append(
 			name if row['outcome'] == 'pass' else f'{name}: {row["words"]}')
