@@ -27,6 +27,8 @@ struct blk_req {
 	void (*done)(struct blk_req *r, int err);       /* home loop; 0 or -errno; whole request, never partial */
 	/* src/block */
 	struct disk *disk;
+	struct host_file *file;         /* that pos is in */
+	struct work *work;              /* formats with a map: request.c */
 	struct blk_req *next;
 	void (*step)(struct blk_req *r, int err);
 	struct loop_op io;

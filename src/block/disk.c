@@ -9,8 +9,6 @@
 #include "vmm/opts.h"
 #include "format.h"
 
-static const struct format_ops *const formats[] = { &raw_format };
-
 static const char *const cache_names[] = { [CACHE_WRITEBACK] = "writeback", [CACHE_NONE] = "none",
 	[CACHE_WRITETHROUGH] = "writethrough", [CACHE_UNSAFE] = "unsafe", NULL };
 
@@ -18,25 +16,18 @@ static const char *const cache_names[] = { [CACHE_WRITEBACK] = "writeback", [CAC
 
 struct keys {
 	const char *file;
-	const struct format_ops *fmt;
-	bool fmt_chosen, readonly, discard;
+	struct image_how how;
+	bool discard;
 	enum cache_mode cache;
 };
 
 static int read_format(struct keys *k, struct opts *o, struct error *err)
 {
-	const char *names[ARRAY_LEN(formats) + 1];
-	int i = 0, r;
+	const char *const *names = image_formats();
+	int i = -1, r = opts_choice(o, "format", names, &i, err);
 
-	for (size_t n = 0; n < ARRAY_LEN(formats); n++)
-		names[n] = formats[n]->name;
-	names[ARRAY_LEN(formats)] = NULL;
-	r = opts_choice(o, "format", names, &i, err);
-	if (r)
-		return r;
-	k->fmt = formats[i];
-	k->fmt_chosen = opts_str(o, "format");
-	return 0;
+	k->how.format = !r && i >= 0 ? names[i] : NULL;
+	return r;
 }
 
 static int read_keys(struct keys *k, struct opts *o, struct error *err)
@@ -45,35 +36,19 @@ static int read_keys(struct keys *k, struct opts *o, struct error *err)
 	static const char *const discards[] = { "on", "off", "unmap", "ignore", NULL };
 	int cache = CACHE_WRITEBACK, discard = 0, r;
 
-	k->file = opts_str(o, "file");
-	k->readonly = false;
-	if ((r = read_format(k, o, err)) || (r = opts_bool(o, "ro", &k->readonly, err)) ||
-		(r = opts_bool(o, "readonly", &k->readonly, err)) ||
+	*k = (struct keys){ .file = opts_str(o, "file") };
+	if ((r = read_format(k, o, err)) || (r = opts_bool(o, "ro", &k->how.readonly, err)) ||
+		(r = opts_bool(o, "readonly", &k->how.readonly, err)) ||
 		(r = opts_choice(o, "cache", cache_names, &cache, err)) ||
 		(r = opts_choice(o, "discard", discards, &discard, err)))
 		return r;
+	k->how.backing_dir = opts_str(o, "backing");
 	k->cache = (enum cache_mode)cache;
+	k->how.direct = k->cache == CACHE_NONE;
 	k->discard = discard % 2 == 0;
 	if (!k->file || !*k->file)
 		return error_set(err, EINVAL, "%s: no file named: file=FILE", opts_option(o));
 	return 0;
-}
-
-static int open_image(struct disk *d, const struct keys *k, struct error *err)
-{
-	int r = file_open(&d->file, k->file, k->readonly, k->cache == CACHE_NONE, err);
-
-	if (r)
-		return r;
-	r = lock_image(d->file.fd, k->file, k->readonly, err);
-	if (r)
-		return r;
-	r = file_prepare(&d->file, err);
-	if (r) {
-		error_prefix(err, "'%s': ", k->file);
-		return r;
-	}
-	return d->fmt->open(d, k->fmt_chosen, err);
 }
 
 int disk_open(struct disk **ret, struct opts *o, struct error *err)
@@ -87,53 +62,58 @@ int disk_open(struct disk **ret, struct opts *o, struct error *err)
 	d = calloc(1, sizeof(*d));
 	if (!d)
 		return error_set(err, ENOMEM, "%s: out of memory", opts_option(o));
-	d->file.fd = -1;
 	d->idle = true;
-	d->fmt = k.fmt;
 	d->cache = k.cache;
 	d->discard = k.discard;
 	d->writethrough = k.cache == CACHE_WRITETHROUGH;
-	d->path = strdup(k.file);
-	r = d->path ? open_image(d, &k, err) : error_set(err, ENOMEM, "out of memory");
+	r = image_open(&d->image, k.file, &k.how, err);
 	if (r) {
 		error_prefix(err, "%s: ", opts_option(o));
 		disk_close(d);
 		return r;
 	}
+	d->image->unsafe = k.cache == CACHE_UNSAFE;
+	for (struct image *i = d->image; i; i = i->backing)
+		i->blocking = false;
 	*ret = d;
 	return 0;
 }
 
 void disk_close(struct disk *d)
 {
+	int r;
+
 	if (!d)
 		return;
 	assert(!d->inflight);
-	file_close(&d->file);
-	free(d->path);
+	r = image_close(d->image);
+	if (r)
+		log_error("a disk could not be written out: %s", strerrordesc_np(-r));
 	free(d);
 }
 
 void disk_set_home(struct disk *d, struct loop *home)
 {
-	d->file.home = home;
+	d->home = home;
+	for (struct image *i = d->image; i; i = i->backing)
+		i->file.home = home;
 }
 
 /* ---- any thread ---- */
 
 uint64_t disk_size(const struct disk *d)
 {
-	return d->size;
+	return d->image->size;
 }
 
 bool disk_readonly(const struct disk *d)
 {
-	return d->file.readonly;
+	return d->image->file.readonly;
 }
 
 bool disk_can_discard(const struct disk *d)
 {
-	return d->discard && !d->file.readonly;
+	return d->discard && !d->image->file.readonly;
 }
 
 bool disk_has_writeback(const struct disk *d)
@@ -143,7 +123,7 @@ bool disk_has_writeback(const struct disk *d)
 
 uint32_t disk_block_size(const struct disk *d)
 {
-	return MAX(d->file.physical, d->file.align);
+	return MAX(d->image->file.physical, d->image->file.align);
 }
 
 /* ---- requests; home loop ---- */
@@ -153,7 +133,7 @@ static void finish(struct blk_req *r, int err)
 	struct disk *d = r->disk;
 
 	if (err == -ENOSPC || err == -EDQUOT || err == -EFBIG)
-		log_guest(&d->limit, "'%s': a write failed: %s", d->path, strerrordesc_np(-err));
+		log_guest(&d->limit, "'%s': a write failed: %s", d->image->path, strerrordesc_np(-err));
 	d->inflight--;
 	d->idle = d->inflight == 0;
 	r->done(r, err);
@@ -165,7 +145,7 @@ static void synced(struct blk_req *r, int err)
 
 	if (err && !d->flush_failed) {
 		d->flush_failed = true;
-		log_guest(&d->limit, "'%s': a flush failed (%s): every later one fails too", d->path,
+		log_guest(&d->limit, "'%s': a flush failed (%s): every later one fails too", d->image->path,
 			strerrordesc_np(-err));
 	}
 	finish(r, err);
@@ -183,7 +163,7 @@ static void sync_request(struct disk *d, struct blk_req *r)
 		return finish(r, -EIO);
 	r->tries = 0;
 	r->step = synced;
-	file_sync(&d->file, r);
+	file_sync(&d->image->file, r);
 }
 
 static void moved(struct blk_req *r, int err)
@@ -199,9 +179,9 @@ static int check(const struct disk *d, const struct blk_req *r)
 {
 	if (r->op == BLK_FLUSH)
 		return 0;
-	if (r->off > d->size || r->len > d->size - r->off || r->off % SECTOR || r->len % SECTOR)
+	if (r->off > d->image->size || r->len > d->image->size - r->off || r->off % SECTOR || r->len % SECTOR)
 		return -EINVAL;
-	if (r->op != BLK_READ && d->file.readonly)
+	if (r->op != BLK_READ && d->image->file.readonly)
 		return -EROFS;
 	if (r->op == BLK_DISCARD && !d->discard)
 		return -EOPNOTSUPP;
@@ -212,7 +192,7 @@ void disk_submit(struct disk *d, struct blk_req *r)
 {
 	int err;
 
-	ON_LOOP(d->file.home);
+	ON_LOOP(d->home);
 	r->disk = d;
 	d->inflight++;
 	d->idle = false;
@@ -226,20 +206,20 @@ void disk_submit(struct disk *d, struct blk_req *r)
 	r->pos = r->off;
 	r->left = r->len;
 	r->step = moved;
-	file_submit(&d->file, r);
+	file_submit(&d->image->file, r);
 }
 
 void disk_drain(struct disk *d)
 {
-	ON_LOOP(d->file.home);
+	ON_LOOP(d->home);
 	if (!d->idle)
-		loop_drain(d->file.home, &d->idle);
+		loop_drain(d->home, &d->idle);
 	assert(d->idle);
 }
 
 void disk_set_writethrough(struct disk *d, bool on)
 {
-	ON_LOOP(d->file.home);
+	ON_LOOP(d->home);
 	d->writethrough = on;
 }
 
@@ -247,9 +227,9 @@ void disk_set_writethrough(struct disk *d, bool on)
 
 void disk_describe(const struct disk *d, struct facts *f)
 {
-	facts_str(f, "file", d->path);
-	facts_str(f, "format", d->fmt->name);
-	facts_u64(f, "size", d->size);
-	facts_bool(f, "readonly", d->file.readonly);
+	facts_str(f, "file", d->image->path);
+	facts_str(f, "format", d->image->fmt->name);
+	facts_u64(f, "size", d->image->size);
+	facts_bool(f, "readonly", d->image->file.readonly);
 	facts_str(f, "cache", cache_names[d->cache]);
 }

@@ -13,10 +13,12 @@
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
+#include <linux/openat2.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -29,6 +31,7 @@
 #define TAIL_BLOCK 4096u        /* a read that ends in the file's last block of this size is zero-filled */
 #define ZERO_CHUNK (64u << 10)
 #define ZERO_IOVS  16
+#define GROW_STEP  (16u << 20)
 
 /* Zeroes to write from. Never stored to, so they cost no memory; not const, so they cost no file either. */
 static uint8_t zeroes[ZERO_CHUNK] __attribute__((aligned(4096)));
@@ -47,6 +50,19 @@ static int check_kind(const char *path, const struct stat *st, struct error *err
 	return error_set(err, EINVAL, "'%s' is %s: a disk is a regular file or a block device", path, what);
 }
 
+/* The same file without O_DIRECT; a path that leads elsewhere meanwhile is refused. */
+static int open_again(const char *path, int flags, const struct stat *st)
+{
+	auto_close int fd = open(path, flags);
+	struct stat again;
+
+	if (fd < 0 || fstat(fd, &again))
+		return -errno;
+	if (again.st_dev != st->st_dev || again.st_ino != st->st_ino)
+		return -EBUSY;
+	return TAKE_FD(fd);
+}
+
 int file_open(struct host_file *f, const char *path, bool readonly, bool direct, struct error *err)
 {
 	/* O_NONBLOCK: should the path become a pipe between stat and open, do not wait for its other end. */
@@ -55,7 +71,7 @@ int file_open(struct host_file *f, const char *path, bool readonly, bool direct,
 	struct stat st;
 	int r;
 
-	*f = (struct host_file){ .fd = -1, .readonly = readonly, .align = 1, .mem_align = 1 };
+	*f = (struct host_file){ .fd = -1, .meta_fd = -1, .readonly = readonly, .align = 1, .mem_align = 1 };
 	if (stat(path, &st))            /* first: merely opening some devices does something */
 		return error_errno(err, errno, "cannot open '%s'", path);
 	r = check_kind(path, &st, err);
@@ -75,10 +91,44 @@ int file_open(struct host_file *f, const char *path, bool readonly, bool direct,
 	r = check_kind(path, &st, err);
 	if (r)
 		return r;
+	if (direct) {
+		f->meta_fd = open_again(path, flags, &st);
+		if (f->meta_fd < 0)
+			return error_errno(err, -f->meta_fd, "cannot open '%s' a second time", path);
+	}
 	f->blockdev = S_ISBLK(st.st_mode);
 	f->align = direct ? SECTOR : 1; /* file_prepare() asks for the true value */
 	f->fd = TAKE_FD(fd);
+	if (!direct)
+		f->meta_fd = f->fd;
 	return 0;
+}
+
+int file_adopt(struct host_file *f, int fd, const char *path, bool readonly, struct error *err)
+{
+	struct stat st;
+	int r;
+
+	*f = (struct host_file){ .fd = fd, .meta_fd = fd, .readonly = readonly, .align = 1, .mem_align = 1 };
+	if (fstat(fd, &st))
+		r = error_errno(err, errno, "cannot look at '%s'", path);
+	else
+		r = check_kind(path, &st, err);
+	f->blockdev = !r && S_ISBLK(st.st_mode);
+	return r;
+}
+
+int confined_open(const char *dir, const char *name)
+{
+	struct open_how how = { .flags = O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK,
+		.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS };
+	auto_close int top = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	long fd;
+
+	if (top < 0)
+		return -errno;
+	fd = syscall(SYS_openat2, top, name, &how, sizeof(how));
+	return fd < 0 ? -errno : (int)fd;
 }
 
 /* What O_DIRECT wants aligned here (statx since Linux 6.1; else a page serves every file system). */
@@ -105,10 +155,13 @@ static void choose_paths(struct host_file *f, bool direct)
 
 	/* With O_DIRECT even RWF_NOWAIT waits for the medium. */
 	f->inline_read = !direct;
-	f->inline_flags = RWF_NOWAIT;
-	if (!direct && !f->blockdev && !fstatfs(f->fd, &fs) && fs.f_type == TMPFS_MAGIC) {
-		f->inline_write = true;
-		f->inline_flags = 0;
+	f->inline_flags = f->meta_flags = RWF_NOWAIT;
+	if (!f->blockdev && !fstatfs(f->fd, &fs) && fs.f_type == TMPFS_MAGIC) {
+		f->meta_flags = 0;
+		if (!direct) {
+			f->inline_write = true;
+			f->inline_flags = 0;
+		}
 	}
 }
 
@@ -146,10 +199,28 @@ void file_close(struct host_file *f)
 {
 	if (f->bounce)
 		munmap(f->bounce, BOUNCE_SIZE);
+	if (f->meta_fd >= 0 && f->meta_fd != f->fd)
+		close(f->meta_fd);
 	if (f->fd >= 0)
 		close(f->fd);
-	f->fd = -1;
+	f->fd = f->meta_fd = -1;
 	f->bounce = NULL;
+}
+
+int file_grow(struct host_file *f, uint64_t end)
+{
+	uint64_t size = (end + GROW_STEP - 1) / GROW_STEP * GROW_STEP;
+
+	if (end <= f->size)
+		return 0;
+	if (f->blockdev)
+		return -ENOSPC;
+	if (size > INT64_MAX)
+		return -EFBIG;
+	if (ftruncate(f->meta_fd, (off_t)size))
+		return -errno;
+	f->size = size;
+	return 0;
 }
 
 ssize_t file_peek(const struct host_file *f, void *buf, size_t len, uint64_t off)
@@ -160,7 +231,7 @@ ssize_t file_peek(const struct host_file *f, void *buf, size_t len, uint64_t off
 
 	if (len > sizeof(page) - (off - base))
 		return -EINVAL;
-	n = pread(f->fd, page, sizeof(page), (off_t)base);
+	n = pread(f->meta_fd, page, sizeof(page), (off_t)base);
 	if (n < 0)
 		return -errno;
 	n -= (ssize_t)(off - base);
@@ -175,7 +246,7 @@ ssize_t file_peek(const struct host_file *f, void *buf, size_t len, uint64_t off
 
 struct host_file *file_of(const struct blk_req *r)
 {
-	return &r->disk->file;
+	return r->file;
 }
 
 bool file_retry(struct blk_req *r, int res)
@@ -280,6 +351,7 @@ static void sync_done(struct loop_op *op, int res)
 
 void file_sync(struct host_file *f, struct blk_req *r)
 {
+	r->file = f;
 	r->io = (struct loop_op){ .kind = OP_FSYNC, .fd = f->fd, .done = sync_done };
 	loop_submit(f->home, &r->io);
 }
@@ -401,6 +473,7 @@ static void zero(struct host_file *f, struct blk_req *r)
 void file_submit(struct host_file *f, struct blk_req *r)
 {
 	r->tries = 0;
+	r->file = f;
 	switch (r->op) {
 	case BLK_READ:
 	case BLK_WRITE:
