@@ -86,6 +86,7 @@ void disk_close(struct disk *d)
 	if (!d)
 		return;
 	assert(!d->inflight);
+	map_free(d);
 	r = image_close(d->image);
 	if (r)
 		log_error("a disk could not be written out: %s", strerrordesc_np(-r));
@@ -163,7 +164,10 @@ static void sync_request(struct disk *d, struct blk_req *r)
 		return finish(r, -EIO);
 	r->tries = 0;
 	r->step = synced;
-	file_sync(&d->image->file, r);
+	if (d->image->fmt->map)
+		map_flush(d, r);
+	else
+		file_sync(&d->image->file, r);
 }
 
 static void moved(struct blk_req *r, int err)
@@ -203,6 +207,8 @@ void disk_submit(struct disk *d, struct blk_req *r)
 		return sync_request(d, r);
 	if (!r->len)
 		return finish(r, 0);
+	if (d->image->fmt->map)
+		return map_submit(d, r, moved);
 	r->pos = r->off;
 	r->left = r->len;
 	r->step = moved;
@@ -212,6 +218,7 @@ void disk_submit(struct disk *d, struct blk_req *r)
 void disk_drain(struct disk *d)
 {
 	ON_LOOP(d->home);
+	loop_del_timer(d->home, &d->tidy);
 	if (!d->idle)
 		loop_drain(d->home, &d->idle);
 	assert(d->idle);

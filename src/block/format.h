@@ -262,7 +262,16 @@ int  tables_gather(struct tables *t, struct plan *p);
 void tables_gathered(struct tables *t, int err);        /* the plan ran; err: what it held is dirty again */
 bool tables_any_dirty(const struct tables *t);
 
-/* ---- disk.c ---- */
+/* ---- disk.c, request.c ---- */
+
+#define DISK_LOADS 8            /* tables read from the file at once */
+
+/* A table on its way in. */
+struct table_load {
+	struct disk *disk;
+	struct table *table;            /* NULL: free */
+	struct loop_op op;
+};
 
 struct disk {
 	/* const after disk_open() */
@@ -272,12 +281,32 @@ struct disk {
 	struct loop *home;
 
 	/* home loop */
-	unsigned inflight;
+	unsigned inflight;              /* requests, and plans that run */
 	bool idle;                      /* inflight == 0 */
 	bool writethrough;
 	bool flush_failed;
 	struct log_limit limit;
+
+	/* home loop; formats with a map: request.c */
+	struct work *free, *stalled;    /* not in use; to be tried again when a table or a plan is through */
+	struct blk_req *flushing, *flush_next;  /* answered by the plan that runs; by the one after it */
+	bool planning, plan_wanted, draining;   /* draining: waiting for transfers of before the plan */
+	struct plan plan;
+	struct loop_op plan_op;
+	struct loop_timer tidy;         /* a plan for its own sake: space that was set free */
+	struct table_load load[DISK_LOADS];
+	unsigned epoch, moving[2];      /* transfers by the epoch (its lowest bit) they were started in */
+	size_t fill_bytes;              /* buffers of copy-on-write in use */
+	const struct image *z_image;    /* whose cluster z_data is; NULL: nobody's */
+	uint64_t z_pos;
+	void *z_data;
 };
+
+/* request.c; home loop. r is checked; moved(r, err) when all of it is done. */
+void map_submit(struct disk *d, struct blk_req *r, void (*moved)(struct blk_req *r, int err));
+/* Everything so far to the medium, metadata too; done(r, err) in r->step. */
+void map_flush(struct disk *d, struct blk_req *r);
+void map_free(struct disk *d);          /* drained; any thread */
 
 /* ---- file.c ---- */
 
