@@ -17,7 +17,7 @@ static const char *const cache_names[] = { [CACHE_WRITEBACK] = "writeback", [CAC
 struct keys {
 	const char *file;
 	struct image_how how;
-	bool discard;
+	bool discard, snapshot;
 	enum cache_mode cache;
 };
 
@@ -39,12 +39,18 @@ static int read_keys(struct keys *k, struct opts *o, struct error *err)
 	*k = (struct keys){ .file = opts_str(o, "file") };
 	if ((r = read_format(k, o, err)) || (r = opts_bool(o, "ro", &k->how.readonly, err)) ||
 		(r = opts_bool(o, "readonly", &k->how.readonly, err)) ||
+		(r = opts_bool(o, "snapshot", &k->snapshot, err)) ||
 		(r = opts_choice(o, "cache", cache_names, &cache, err)) ||
 		(r = opts_choice(o, "discard", discards, &discard, err)))
 		return r;
 	k->how.backing_dir = opts_str(o, "backing");
-	k->cache = (enum cache_mode)cache;
-	k->how.direct = k->cache == CACHE_NONE;
+	if (k->snapshot && k->how.readonly)
+		return error_set(err, EINVAL, "%s: snapshot and ro at once: ro takes no writes that could be thrown away",
+			opts_option(o));
+	/* What is thrown away need not be kept safe. */
+	k->cache = k->snapshot ? CACHE_UNSAFE : (enum cache_mode)cache;
+	k->how.direct = cache == CACHE_NONE;
+	k->how.readonly |= k->snapshot;
 	k->discard = discard % 2 == 0;
 	if (!k->file || !*k->file)
 		return error_set(err, EINVAL, "%s: no file named: file=FILE", opts_option(o));
@@ -67,6 +73,9 @@ int disk_open(struct disk **ret, struct opts *o, struct error *err)
 	d->discard = k.discard;
 	d->writethrough = k.cache == CACHE_WRITETHROUGH;
 	r = image_open(&d->image, k.file, &k.how, err);
+	d->shown = d->image;
+	if (!r && k.snapshot)
+		r = image_overlay(&d->image, err);
 	if (r) {
 		error_prefix(err, "%s: ", opts_option(o));
 		disk_close(d);
@@ -234,8 +243,9 @@ void disk_set_writethrough(struct disk *d, bool on)
 
 void disk_describe(const struct disk *d, struct facts *f)
 {
-	facts_str(f, "file", d->image->path);
-	facts_str(f, "format", d->image->fmt->name);
+	facts_str(f, "file", d->shown->path);
+	facts_str(f, "format", d->shown->fmt->name);
+	facts_bool(f, "snapshot", d->shown != d->image);
 	facts_u64(f, "size", d->image->size);
 	facts_bool(f, "readonly", d->image->file.readonly);
 	facts_str(f, "cache", cache_names[d->cache]);

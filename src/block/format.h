@@ -211,6 +211,8 @@ int image_corrupt(struct image *i, const char *fmt, ...);
 
 /* map() through the chain: what the guest reads there; *owner: the image it lies in, or that returned the error. */
 int image_map(struct image *i, uint64_t off, uint64_t len, struct extent *e, struct image **owner);
+/* Put an image without a name on top of *image, which must be read-only: it takes all changes, and ends with the process. */
+int  image_overlay(struct image **image, struct error *err);
 /* Gather, run and finish one plan, in place (tools, open, close). */
 int image_write_metadata(struct image *i);
 
@@ -276,6 +278,7 @@ struct table_load {
 struct disk {
 	/* const after disk_open() */
 	struct image *image;
+	const struct image *shown;      /* what the user named: image, or what lies below its overlay */
 	enum cache_mode cache;
 	bool discard;
 	struct loop *home;

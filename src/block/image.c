@@ -300,6 +300,51 @@ int image_open(struct image **ret, const char *path, const struct image_how *how
 	return 0;
 }
 
+static int unlinked_file(struct error *err)
+{
+	const char *dir = getenv("TMPDIR");
+	int fd;
+
+	dir = dir && *dir ? dir : "/var/tmp";
+	fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+	if (fd < 0 && (errno == EOPNOTSUPP || errno == EISDIR)) {       /* a file system that cannot */
+		char path[PATH_MAX];
+
+		snprintf(path, sizeof(path), "%s/vmm-overlay-XXXXXX", dir);
+		fd = mkostemp(path, O_CLOEXEC);
+		if (fd >= 0)
+			unlink(path);
+	}
+	return fd < 0 ? error_errno(err, errno, "no room for throw-away writes in '%s' (TMPDIR names another directory)",
+		dir) : fd;
+}
+
+int image_overlay(struct image **image, struct error *err)
+{
+	struct image *base = *image, *top;
+	struct image_create c = { .format = "qcow2", .size = base->size };
+	struct image_how how = { .format = "qcow2", .alone = true };
+	int fd = unlinked_file(err), r;
+
+	if (fd < 0)
+		return fd;
+	c.fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	how.fd = fd;
+	r = c.fd < 0 ? error_errno(err, errno, "throw-away writes") : image_create("throw-away writes", &c, err);
+	if (r) {
+		close(fd);
+		return r;
+	}
+	r = image_open(&top, "throw-away writes", &how, err);
+	if (r)
+		return r;
+	top->backing = base;
+	for (struct image *i = base; i; i = i->backing)
+		i->depth++;
+	*image = top;
+	return 0;
+}
+
 static int close_one(struct image *i)
 {
 	int r = 0;
