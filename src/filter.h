@@ -50,7 +50,7 @@ int filter_load(bool log);
 #define DATA_CALLS                                                                                 \
 	CALL(read), CALL(write), CALL(readv), CALL(writev), CALL(pread64), CALL(pwrite64),         \
 	CALL(preadv), CALL(pwritev), CALL(preadv2), CALL(pwritev2), CALL(fsync), CALL(fdatasync),  \
-	CALL(fallocate), CALL(lseek), CALL(close), CALL(fstat), CALL(sendmsg), CALL(recvmsg),      \
+	CALL(fallocate), CALL(ftruncate), CALL(lseek), CALL(close), CALL(fstat), CALL(sendmsg), CALL(recvmsg),      \
 	CALL(sendmmsg), CALL(recvmmsg), CALL(recvfrom), CALL(accept4), CALL(shutdown),             \
 	CALL_IF(sendto, IS_NULL(4)),                                                               \
 	CALL_IF(newfstatat, ARG(3), IS(AT_EMPTY_PATH)),                                            \

@@ -1,0 +1,360 @@
+/*
+ * Many requests at once over every format that can be made and written, against a model of the disk. The ring decides
+ * in which order they end; metadata is made to come through it (--wrap), the files sit on a backing image or not.
+ * What is left on the disk afterwards is opened, compared and checked.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <semaphore.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include "unit.h"
+#include "vmm/block.h"
+#include "vmm/cleanup.h"
+#include "vmm/error.h"
+#include "vmm/image.h"
+#include "vmm/opts.h"
+
+#define SIZE  (4u << 20)
+#define DEPTH 16
+#define OPS   3000
+#define SPAN  (192u << 10)      /* most bytes of a request */
+
+static struct error err;
+static struct loop *loop;
+static struct disk *disk;
+static char dir[64], path[128], base[128];
+static uint8_t model[SIZE], now[SIZE];
+static uint64_t seed;
+
+static bool through_ring;       /* no metadata is found in the page cache */
+static int failing;             /* this many workers' jobs and transfers until one fails; 0: none does */
+static int fail_with;
+
+static unsigned rnd(unsigned n)
+{
+	seed ^= seed << 13;
+	seed ^= seed >> 7;
+	seed ^= seed << 17;
+	return (unsigned)(seed % n);
+}
+
+void __real_loop_submit(struct loop *l, struct loop_op *op);
+void __wrap_loop_submit(struct loop *l, struct loop_op *op);
+ssize_t __real_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
+ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
+
+static int give_fault(struct loop_op *op)
+{
+	return op->fd;
+}
+
+void __wrap_loop_submit(struct loop *l, struct loop_op *op)
+{
+	if (failing && !--failing) {
+		op->kind = OP_WORK;
+		op->work = give_fault;
+		op->fd = fail_with;
+	}
+	__real_loop_submit(l, op);
+}
+
+ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags)
+{
+	if (through_ring && rnd(2)) {
+		errno = EAGAIN;
+		return -1;
+	}
+	return __real_preadv64v2(fd, iov, cnt, off, flags);
+}
+
+/* ---- one of many requests ---- */
+
+struct slot {
+	struct blk_req r;
+	struct iovec iov[3];
+	uint8_t data[SPAN];
+	bool busy;
+	int err;
+};
+
+static struct slot slot[DEPTH];
+static unsigned todo, underway, failures;
+static sem_t all_done;
+
+static bool overlaps(uint64_t off, uint64_t len)
+{
+	for (unsigned k = 0; k < DEPTH; k++)
+		if (slot[k].busy && slot[k].r.op != BLK_FLUSH && off < slot[k].r.off + slot[k].r.len &&
+			slot[k].r.off < off + len)
+			return true;
+	return false;
+}
+
+static void start(struct slot *s);
+
+static void done(struct blk_req *r, int error)
+{
+	struct slot *s = container_of(r, struct slot, r);
+
+	failures += error != 0;
+	if (!failing && !fail_with)
+		ck_assert_int_eq(error, 0);
+	if (!error && r->op == BLK_READ)
+		ck_assert_msg(!memcmp(s->data, model + r->off, r->len), "read at %llu+%llu",
+			(unsigned long long)r->off, (unsigned long long)r->len);
+	s->busy = false;
+	underway--;
+	start(s);
+	if (!todo && !underway)
+		sem_post(&all_done);
+}
+
+static void cut(struct slot *s)
+{
+	size_t a = 1 + rnd((unsigned)s->r.len - 1), b = rnd((unsigned)(s->r.len - a) + 1);
+
+	s->iov[0] = (struct iovec){ s->data, a };
+	s->iov[1] = (struct iovec){ s->data + a, b };
+	s->iov[2] = (struct iovec){ s->data + a + b, s->r.len - a - b };
+	s->r.iov = s->iov;
+	s->r.cnt = s->iov[2].iov_len ? 3 : s->iov[1].iov_len ? 2 : 1;
+}
+
+static void start(struct slot *s)
+{
+	static const enum blk_op kinds[] = { BLK_READ, BLK_READ, BLK_READ, BLK_WRITE, BLK_WRITE, BLK_WRITE, BLK_WRITE,
+		BLK_ZERO, BLK_ZERO, BLK_FLUSH };
+	uint64_t len = 512 * (1 + rnd(rnd(6) ? 24 : SPAN / 512)), off = 512 * (uint64_t)rnd(SIZE / 512);
+
+	if (!todo || s->busy)
+		return;
+	todo--;
+	len = MIN(len, SIZE - off);
+	if (overlaps(off, len))
+		len = 0;
+	s->r = (struct blk_req){ .op = len ? kinds[rnd(10)] : BLK_FLUSH, .off = off, .len = len,
+		.unmap = rnd(2), .done = done };
+	if (s->r.op == BLK_READ || s->r.op == BLK_WRITE)
+		cut(s);
+	if (s->r.op == BLK_WRITE) {
+		for (size_t k = 0; k < len; k += 8)
+			*(uint64_t *)(s->data + k) = seed + k;
+		memcpy(model + off, s->data, len);
+	} else if (s->r.op == BLK_ZERO) {
+		memset(model + off, 0, len);
+	}
+	s->busy = true;
+	underway++;
+	disk_submit(disk, &s->r);
+}
+
+static void start_all(void *arg)
+{
+	(void)arg;
+	underway++;     /* none is the last before all are started */
+	for (unsigned k = 0; k < DEPTH; k++)
+		start(&slot[k]);
+	underway--;
+	if (!todo && !underway)
+		sem_post(&all_done);
+}
+
+static void drain(void *arg)
+{
+	(void)arg;
+	disk_drain(disk);
+}
+
+/* ---- images ---- */
+
+static void make(const char *at, const char *format, const char *backing, uint32_t cluster)
+{
+	struct image_create c = { .format = format, .size = SIZE, .backing = backing,
+		.backing_format = backing ? "raw" : NULL, .cluster = cluster };
+
+	ck_assert_msg(!image_create(at, &c, &err), "%s", err.msg);
+}
+
+static void make_base(void)
+{
+	int fd = open(base, O_RDWR | O_CREAT | O_TRUNC, 0600);
+
+	ck_assert_int_ge(fd, 0);
+	memset(model, 0, SIZE);
+	for (size_t k = 0; k < SIZE; k += 8)    /* half of it, in patches */
+		if (k / 40000 % 2)
+			*(uint64_t *)(model + k) = k * 0x9e3779b97f4a7c15ull;
+	ck_assert_int_eq(write(fd, model, SIZE), SIZE);
+	close(fd);
+}
+
+static void setup(void)
+{
+	snprintf(dir, sizeof(dir), "/tmp/vmm-request-XXXXXX");
+	ck_assert_ptr_nonnull(mkdtemp(dir));
+	snprintf(path, sizeof(path), "%s/disk", dir);
+	snprintf(base, sizeof(base), "%s/base", dir);
+	memset(model, 0, SIZE);
+	seed = 88172645463325252ull;
+	failures = 0;
+	failing = fail_with = 0;
+	sem_init(&all_done, 0, 0);
+}
+
+static void teardown(void)
+{
+	unlink(path);
+	unlink(base);
+	rmdir(dir);
+	sem_destroy(&all_done);
+}
+
+static void work(const char *keys, enum loop_engine engine, unsigned ops)
+{
+	char text[300];
+	struct opts *o;
+
+	snprintf(text, sizeof(text), "%s,%s", path, keys);
+	ck_assert_int_eq(opts_parse(&o, "--disk", text, "file", &err), 0);
+	ck_assert_msg(!disk_open(&disk, o, &err), "%s", err.msg);
+	opts_free(o);
+	loop = loop_new("io/0", engine, 0, &err);
+	disk_set_home(disk, loop);
+	todo = ops;
+	loop_call(loop, start_all, NULL);
+	sem_wait(&all_done);
+	loop_call(loop, drain, NULL);
+	loop_free(loop);
+	disk_close(disk);
+}
+
+static void complain(struct image_check *c, const char *text)
+{
+	(void)c;
+	printf("%s: %s\n", path, text);
+}
+
+static void check_image(const char *format, bool exact)
+{
+	struct image_how how = { .format = format, .readonly = true, .backing_dir = "allow" };
+	struct image_check c = { .complain = complain };
+	struct image *i;
+	int r;
+
+	ck_assert_msg(!image_open(&i, path, &how, &err), "%s", err.msg);
+	if (exact) {
+		ck_assert_int_eq(image_read(i, now, SIZE, 0), 0);
+		for (size_t k = 0; k < SIZE; k += 512)
+			ck_assert_msg(!memcmp(now + k, model + k, 512), "%s: sector at %zu", format, k);
+	}
+	r = image_check(i, REPAIR_NONE, &c, &err);
+	if (r != -EOPNOTSUPP) {
+		ck_assert_msg(!r, "%s", err.msg);
+		ck_assert_uint_eq(c.corruptions, 0);
+		ck_assert(!exact || !c.leaks);
+	}
+	image_close(i);
+}
+
+static void one_format(const char *format, bool backed, uint32_t cluster, enum loop_engine engine)
+{
+	char keys[100];
+
+	setup();
+	if (backed)
+		make_base();
+	make(path, format, backed ? "base" : NULL, cluster);
+	snprintf(keys, sizeof(keys), "format=%s,backing=allow", format);
+	work(keys, engine, OPS);
+	check_image(format, true);
+	teardown();
+}
+
+static bool here(const char *format)
+{
+	return image_can_create(format) && image_can_write(format);
+}
+
+START_TEST(every_format_keeps_what_was_written)
+{
+	const char *const *f = image_formats();
+
+	for (; *f; f++)
+		for (int engine = LOOP_URING; engine <= LOOP_EPOLL; engine++) {
+			through_ring = engine == LOOP_URING;
+			if (here(*f))
+				one_format(*f, false, 0, engine);
+		}
+	through_ring = false;
+}
+END_TEST
+
+START_TEST(what_is_missing_comes_from_the_backing_image)
+{
+	static const uint32_t clusters[] = { 512, 4096, 0, 1u << 20 };
+
+	through_ring = true;
+	for (size_t k = 0; here("qcow2") && k < ARRAY_LEN(clusters); k++)
+		one_format("qcow2", true, clusters[k], LOOP_URING);
+	through_ring = false;
+}
+END_TEST
+
+START_TEST(thrown_away_writes_leave_the_file_alone)
+{
+	struct stat before, after;
+
+	if (!here("qcow2"))
+		return;
+	setup();
+	make_base();
+	ck_assert_int_eq(rename(base, path), 0);
+	ck_assert_int_eq(stat(path, &before), 0);
+	work("snapshot", LOOP_URING, OPS);
+	ck_assert_int_eq(stat(path, &after), 0);
+	ck_assert_int_eq(before.st_mtim.tv_nsec, after.st_mtim.tv_nsec);
+	make_base();
+	{
+		int fd = open(path, O_RDONLY);
+
+		ck_assert_int_eq(read(fd, now, SIZE), SIZE);
+		close(fd);
+	}
+	ck_assert_int_eq(memcmp(now, model, SIZE), 0);
+	teardown();
+}
+END_TEST
+
+/* One call of the ring or a worker fails, each in turn: the request that needed it fails, and no metadata is lost. */
+START_TEST(a_failed_call_never_corrupts)
+{
+	static const int errors[] = { -EIO, -ENOSPC };
+	const char *const *f = image_formats();
+
+	for (; *f; f++) {
+		if (!here(*f) || !strcmp(*f, "raw"))
+			continue;
+		for (int at = 1; at < 120; at += 7) {
+			setup();
+			make(path, *f, NULL, 0);
+			failing = at;
+			fail_with = errors[at % 2];
+			{
+				char keys[60];
+
+				snprintf(keys, sizeof(keys), "format=%s", *f);
+				work(keys, LOOP_EPOLL, 200);
+			}
+			fail_with = failing = 0;
+			check_image(*f, false);
+			teardown();
+		}
+	}
+}
+END_TEST
+
+UNIT_MAIN("request", every_format_keeps_what_was_written, what_is_missing_comes_from_the_backing_image,
+	thrown_away_writes_leave_the_file_alone, a_failed_call_never_corrupts)
