@@ -11,7 +11,7 @@ ifdef DEMO_CMD
 export DEMO_CMD
 endif
 
-.PHONY: all setup-build demo check bench install clean
+.PHONY: all setup-build demo check bench torture install clean
 
 all: setup-build
 	@test -e $(BUILD)/build.ninja || $(MESON) setup $(BUILD)
@@ -36,6 +36,9 @@ check:
 bench: all
 	@scripts/setup.sh bench
 	@$(PYTHON) bench/bench.py
+
+torture: all
+	@BUILD=$(BUILD) scripts/torture.sh
 
 install: all
 	@$(MESON) configure $(BUILD) -Dprefix=$(prefix)
