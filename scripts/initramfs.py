@@ -13,6 +13,8 @@ BUSYBOX = pathlib.Path('/bin/busybox')
 # What a guest loads at start, whichever machine it runs on.
 GUEST_MODULES = ['virtio_pci', 'virtio_mmio', 'virtio_blk', 'virtio_net', 'virtio_console', 'virtio-rng',
 	'virtio_balloon', 'evdev', 'button', 'pvpanic-mmio', 'crc32c-intel']
+# More for some guests, in an archive of its own that is put behind.
+XFS_MODULES = ['xfs']
 # What the emulated Linux around the guests loads.
 BED_MODULES = ['kvm-amd', 'virtio_pci', 'virtio_blk', 'virtio_net', 'crc32c-intel']
 
@@ -76,6 +78,11 @@ class Initramfs:
 		for ko in order:
 			self.file(ko, f'lib/modules/{ko.name}', 0o644)
 		self.data('lib/modules/order', ''.join(f'/lib/modules/{ko.name}\n' for ko in order))
+
+	def extra_modules(self, names):
+		"""Modules that init loads where the command line asks for them (vmm.with=)."""
+		for ko in kernel.module_order(names):
+			self.file(ko, f'lib/modules/{ko.name}', 0o644)
 
 	def pack(self):
 		out = bytearray()

@@ -4,7 +4,7 @@ set -eu
 
 build='gcc meson ninja-build pkg-config libc6-dev liburing-dev libslirp-dev libglib2.0-dev libseccomp-dev
 	zlib1g-dev libzstd-dev liblzma-dev liblz4-dev libjson-c-dev libcapstone-dev check python3'
-bed='qemu-system-x86 busybox-static e2fsprogs lz4 zstd xz-utils binutils'
+bed='qemu-system-x86 busybox-static e2fsprogs xfsprogs lz4 zstd xz-utils binutils'
 check='clang libclang-rt-14-dev qemu-utils python3-pytest acpica-tools iproute2 util-linux'
 bench='fio'
 

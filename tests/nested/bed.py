@@ -24,11 +24,11 @@ import kernel  # noqa: E402
 
 TOP = emulator.TOP
 HERE = TOP / 'tests/nested'
-PROGRAMS = ['mkfs.ext4', 'e2fsck', 'debugfs']
+PROGRAMS = ['mkfs.ext4', 'e2fsck', 'debugfs', 'mkfs.xfs', 'xfs_repair']
 BED_TIMEOUT = 780
 ISOLATE = ['unshare', '--map-root-user', '--net', '--mount', '--pid', '--fork', '--kill-child', '--mount-proc']
 BED_ENVIRONMENT = '''#!/bin/sh
-export BED=/bed VMM=/bed/build/{vmm} KERNELS=/bed INITRD=/bed/guest.cpio WORK=/tmp/work ONLY='{only}'
+export BED=/bed VMM=/bed/build/{vmm} KERNELS=/bed INITRD=/bed/guest.cpio XFS=/bed/xfs.cpio WORK=/tmp/work ONLY='{only}'
 export PATH=$BED:$PATH
 mkdir -p $WORK
 echo nameserver 127.0.0.1 >/etc/resolv.conf
@@ -78,6 +78,13 @@ def bed_archive(build, programs):
 	for name in PROGRAMS:
 		ramfs.program(find_program(name), f'bed/{name}')
 	ramfs.data('bed/guest.cpio', initramfs.guest(build / programs['report']).pack())
+	ramfs.data('bed/xfs.cpio', xfs_archive().pack())
+	return ramfs
+
+
+def xfs_archive():
+	ramfs = initramfs.Initramfs()
+	ramfs.extra_modules(initramfs.XFS_MODULES)
 	return ramfs
 
 
@@ -105,9 +112,10 @@ def run_directly(build, programs, only, on_line):
 		(tmp / 'work').mkdir()
 		(tmp / 'resolv.conf').write_text('nameserver 127.0.0.1\n')
 		initramfs.guest(build / programs['report']).write(tmp / 'guest.cpio')
+		xfs_archive().write(tmp / 'xfs.cpio')
 		os.mkfifo(tmp / 'results')
 		env = dict(os.environ, BED=str(bed), VMM=str((build / programs['vmm']).resolve()),
-			KERNELS=str(kernel.fetch()), INITRD=str(tmp / 'guest.cpio'), WORK=str(tmp / 'work'),
+			KERNELS=str(kernel.fetch()), INITRD=str(tmp / 'guest.cpio'), XFS=str(tmp / 'xfs.cpio'), WORK=str(tmp / 'work'),
 			RESULTS=str(tmp / 'results'), ONLY=' '.join(only))
 		script = ('mount --bind "$1" /etc/resolv.conf && ip link set lo up && busybox sh "$2"; '
 			'echo STATUS $? >"$RESULTS"')
