@@ -25,8 +25,18 @@ static const struct format_ops *const formats[] = {
 
 /* ---- the table of formats ---- */
 
+/* What other tools call a format. */
+static const struct {
+	const char *alias, *name;
+} aliases[] = {
+	{ "vpc", "vhd" },
+};
+
 static const struct format_ops *find_format(const char *name)
 {
+	for (size_t n = 0; n < ARRAY_LEN(aliases); n++)
+		if (!strcmp(aliases[n].alias, name))
+			name = aliases[n].name;
 	for (size_t n = 0; n < ARRAY_LEN(formats); n++)
 		if (!strcmp(formats[n]->name, name))
 			return formats[n];
