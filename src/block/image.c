@@ -21,6 +21,7 @@
 
 static const struct format_ops *const formats[] = {
 	&raw_format,
+	&vdi_format,
 };
 
 /* ---- the table of formats ---- */
