@@ -225,21 +225,22 @@ int file_grow(struct host_file *f, uint64_t end)
 
 ssize_t file_peek(const struct host_file *f, void *buf, size_t len, uint64_t off)
 {
-	uint8_t page[8192] __attribute__((aligned(4096)));
-	uint64_t base = off & ~4095ull;
-	ssize_t n;
+	size_t at = 0;
 
-	if (len > sizeof(page) - (off - base))
-		return -EINVAL;
-	n = pread(f->meta_fd, page, sizeof(page), (off_t)base);
-	if (n < 0)
-		return -errno;
-	n -= (ssize_t)(off - base);
-	if (n <= 0)
+	if (off > INT64_MAX || len > INT64_MAX - off)
 		return 0;
-	n = MIN(n, (ssize_t)len);
-	memcpy(buf, page + (off - base), (size_t)n);
-	return n;
+	while (at < len) {
+		ssize_t n = pread(f->meta_fd, (uint8_t *)buf + at, len - at, (off_t)(off + at));
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		if (n == 0)
+			break;
+		at += (size_t)n;
+	}
+	return (ssize_t)at;
 }
 
 /* ---- transfers; home loop ---- */

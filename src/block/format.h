@@ -322,7 +322,7 @@ int  file_prepare(struct host_file *f, struct error *err);      /* locked: size 
 void file_close(struct host_file *f);
 /* The file has end bytes or more from now on (more, so that the next calls are free). 0 or -errno. Any one thread. */
 int  file_grow(struct host_file *f, uint64_t end);
-/* Read [off, off+len) as far as the file goes, O_DIRECT or not. Bytes or -errno. Main thread, at open. */
+/* Read [off, off+len) as far as the file goes, O_DIRECT or not. Bytes or -errno. Any thread that may wait. */
 ssize_t file_peek(const struct host_file *f, void *buf, size_t len, uint64_t off);
 /* Do r->op on host bytes [pos, pos+left) of f; step(r, 0 or -errno) when all of it is done. Home loop. */
 void file_submit(struct host_file *f, struct blk_req *r);

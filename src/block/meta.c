@@ -11,30 +11,9 @@
 
 #define ZERO_CHUNK (64u << 10)
 
-/* Bytes read before the end of the file, or -errno. */
-static ssize_t read_some(const struct host_file *f, uint8_t *buf, size_t len, uint64_t off)
-{
-	size_t at = 0;
-
-	if (off > INT64_MAX || len > INT64_MAX - off)
-		return 0;
-	while (at < len) {
-		ssize_t n = pread(f->meta_fd, buf + at, len - at, (off_t)(off + at));
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0)
-			return -errno;
-		if (n == 0)
-			break;
-		at += (size_t)n;
-	}
-	return (ssize_t)at;
-}
-
 int meta_read(const struct host_file *f, void *buf, size_t len, uint64_t off)
 {
-	ssize_t n = read_some(f, buf, len, off);
+	ssize_t n = file_peek(f, buf, len, off);
 
 	if (n < 0)
 		return (int)n;
@@ -44,7 +23,7 @@ int meta_read(const struct host_file *f, void *buf, size_t len, uint64_t off)
 
 int meta_read_all(const struct host_file *f, void *buf, size_t len, uint64_t off)
 {
-	ssize_t n = read_some(f, buf, len, off);
+	ssize_t n = file_peek(f, buf, len, off);
 
 	return n < 0 ? (int)n : (size_t)n < len ? -EIO : 0;
 }

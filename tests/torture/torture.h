@@ -25,6 +25,7 @@ struct world {
 		uint8_t *data;
 	} snapshot[SNAPSHOTS];
 	uint64_t seed;
+	bool unsure;                    /* an operation failed: data is not all that may be there */
 	unsigned ops;                   /* done so far; each write's bytes tell which it was */
 };
 
@@ -40,7 +41,7 @@ void world_free(struct world *w);       /* removes the files */
 struct image *world_open(struct world *w, bool readonly);
 int  world_try_open(struct world *w, bool readonly, struct image **ret, struct error *err);
 
-/* One random operation on image and model. strict: it must succeed; else a failure makes the model uncertain there (see sure). */
+/* One random operation on image and model. */
 enum op_kind { DO_WRITE, DO_ZERO, DO_DISCARD, DO_FLUSH, DO_SNAPSHOT, DO_RESIZE };
 struct op_done {
 	enum op_kind kind;

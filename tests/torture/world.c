@@ -147,8 +147,9 @@ static struct op_done do_range(struct world *w, struct image *i, enum op_kind ki
 	} else {        /* each discarded sector may keep its bytes, become zeroes, or show the backing image */
 		memcpy(was, w->data + d.off, d.len);
 		d.err = image_discard(i, d.off, d.len);
-		if (!d.err && !image_read(i, is, d.len, d.off)) {
-			for (uint64_t at = 0; at < d.len && !*w->base; at += SECTOR) {
+		d.err = d.err ? d.err : image_read(i, is, d.len, d.off);
+		if (!d.err) {
+			for (uint64_t at = 0; at < d.len && !*w->base && !w->unsure; at += SECTOR) {
 				static const uint8_t none[SECTOR];
 
 				if (memcmp(is + at, was + at, SECTOR) && memcmp(is + at, none, SECTOR))
@@ -157,6 +158,7 @@ static struct op_done do_range(struct world *w, struct image *i, enum op_kind ki
 			memcpy(w->data + d.off, is, d.len);
 		}
 	}
+	w->unsure |= d.err != 0;
 	return d;
 }
 
