@@ -273,7 +273,7 @@ int parse_seconds(const char *s, uint64_t *ns)
 	static const struct {
 		const char *name;
 		double ns;
-	} units[] = { { "", 1e9 }, { "ms", 1e6 }, { "s", 1e9 }, { "m", 60e9 }, { "h", 3600e9 },
+	} units[] = { { "", 1e9 }, { "us", 1e3 }, { "ms", 1e6 }, { "s", 1e9 }, { "m", 60e9 }, { "h", 3600e9 },
 		{ "d", 86400e9 } };
 	char *end;
 	double v;

@@ -35,7 +35,7 @@ int  opts_end(struct opts *o, struct error *err);
 /* The same syntax for whole values. 0 or -EINVAL, no words. */
 int  parse_size(const char *s, uint64_t *val);          /* bytes; K M G T, with or without B or iB */
 int  parse_u64(const char *s, uint64_t *val);           /* decimal, 0x hex */
-int  parse_seconds(const char *s, uint64_t *ns);        /* 30, 1.5, 500ms, 30s, 5m, 1h */
+int  parse_seconds(const char *s, uint64_t *ns);        /* 30, 1.5, 500ms, 20us, 30s, 5m, 1h */
 
 /* Edit distance (Levenshtein) of two words, for "did you mean"; UINT_MAX where b has 64 bytes or more. */
 unsigned word_distance(const char *a, const char *b);

@@ -51,6 +51,7 @@ START_TEST(test_parse_seconds)
 	ck_assert(!parse_seconds("30", &ns) && ns == 30000000000ull);
 	ck_assert(!parse_seconds("1.5", &ns) && ns == 1500000000ull);
 	ck_assert(!parse_seconds("500ms", &ns) && ns == 500000000ull);
+	ck_assert(!parse_seconds("20us", &ns) && ns == 20000ull);
 	ck_assert(!parse_seconds("5m", &ns) && ns == 300000000000ull);
 	ck_assert(!parse_seconds("1h", &ns) && ns == 3600000000000ull);
 	ck_assert(parse_seconds("", &ns) && parse_seconds("-1", &ns) && parse_seconds("1x", &ns));
