@@ -103,8 +103,20 @@ void vm_panic_over(struct vm *vm)
 
 void vm_request(struct vm *vm, uint32_t requests)
 {
-	atomic_fetch_or(&vm->requests, requests);
+	uint32_t drop = (requests & VM_REQ_PAUSE ? VM_REQ_RESUME : 0) | (requests & VM_REQ_RESUME ? VM_REQ_PAUSE : 0);
+	uint32_t old = atomic_load(&vm->requests);
+
+	while (!atomic_compare_exchange_weak(&vm->requests, &old, (old & ~drop) | requests))
+		;
 	wake_main(vm);
+}
+
+void vm_hold(struct vm *vm, bool on)
+{
+	if (on && atomic_fetch_add(&vm->holds, 1) == 0)
+		vm_request(vm, VM_REQ_PAUSE);
+	if (!on && atomic_fetch_sub(&vm->holds, 1) == 1)
+		vm_request(vm, VM_REQ_RESUME);
 }
 
 /* ---- building ---- */

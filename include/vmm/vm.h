@@ -138,6 +138,7 @@ struct vm {
 	const char *panic_how;          /* who saw the panic; under stop_lock */
 	int wake_fd;                    /* eventfd: main looks at stop, requests, panic_ns */
 	_Atomic uint32_t requests;      /* VM_REQ_* */
+	_Atomic unsigned holds;         /* vm_hold() */
 	_Atomic uint64_t panic_ns;      /* when a panic was first seen; 0: none */
 };
 
@@ -182,5 +183,7 @@ void vm_panic_over(struct vm *vm);                      /* its last line was see
 #define VM_REQ_RESUME       2u
 #define VM_REQ_RESET        4u
 #define VM_REQ_POWER_BUTTON 8u
-void vm_request(struct vm *vm, uint32_t requests);
+void vm_request(struct vm *vm, uint32_t requests);      /* of PAUSE and RESUME the last one counts */
+/* A device cannot go on (the host is full): the machine is paused; resumed when all that held it let go. */
+void vm_hold(struct vm *vm, bool on);
 #endif

@@ -313,6 +313,23 @@ START_TEST(test_create_fails_with_words_and_leaves_nothing)
 }
 END_TEST
 
+START_TEST(test_the_last_device_that_lets_go_resumes_the_machine)
+{
+	struct vm v = { .wake_fd = -1 };
+
+	vm_hold(&v, true);
+	vm_hold(&v, true);
+	ck_assert_uint_eq(v.requests, VM_REQ_PAUSE);
+	vm_hold(&v, false);
+	ck_assert_uint_eq(v.requests, VM_REQ_PAUSE);
+	vm_hold(&v, false);
+	ck_assert_uint_eq(v.requests, VM_REQ_RESUME);
+	vm_request(&v, VM_REQ_POWER_BUTTON);
+	vm_hold(&v, true);
+	ck_assert_uint_eq(v.requests, VM_REQ_PAUSE | VM_REQ_POWER_BUTTON);
+}
+END_TEST
+
 UNIT_MAIN("vm", test_a_created_machine_does_not_run, test_pause_stands_still_and_resume_goes_on,
 	test_pause_and_resume_lose_no_wakeup, test_reset_is_a_power_on,
 	test_reset_is_refused_where_power_on_state_was_not_kept,
@@ -320,4 +337,5 @@ UNIT_MAIN("vm", test_a_created_machine_does_not_run, test_pause_stands_still_and
 	test_halted_with_interrupts_off_is_dead_with_them_on_is_not, test_the_first_reason_to_stop_wins,
 	test_the_guests_value_ends_the_watch, test_pause_resume_and_reset_by_request,
 	test_restarts_go_on_until_the_timeout, test_a_signal_without_grace_ends_the_watch,
-	test_create_fails_with_words_and_leaves_nothing)
+	test_create_fails_with_words_and_leaves_nothing,
+	test_the_last_device_that_lets_go_resumes_the_machine)
