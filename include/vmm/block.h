@@ -29,6 +29,7 @@ struct blk_req {
 	struct disk *disk;
 	struct host_file *file;         /* that pos is in */
 	struct work *work;              /* formats with a map: request.c */
+	struct held *held;              /* gate.c */
 	struct blk_req *next;
 	void (*step)(struct blk_req *r, int err);
 	struct loop_op io;
@@ -38,13 +39,18 @@ struct blk_req {
 };
 
 /*
- * Open an image by the --disk keys file=, format=, ro or readonly, cache=, discard=; the caller asks for
- * its own keys and then calls opts_end(). The image is locked (QEMU's bytes) before a byte of it is
+ * Open an image by the --disk keys file=, format=, ro or readonly, cache=, discard=, and those of gate.h (faults,
+ * limits, the write log); the caller asks for its own keys and then calls opts_end(). The image is locked (QEMU's bytes) before a byte of it is
  * read, and its format is what format= says, or raw: never what its bytes look like. Main thread.
  */
 int  disk_open(struct disk **ret, struct opts *o, struct error *err);
 void disk_close(struct disk *d);                /* main thread, drained; NULL is fine */
 void disk_set_home(struct disk *d, struct loop *home);  /* main thread, before the first request */
+/*
+ * werror=stop and its like: fn(arg, true) when a request failed and is kept until the host can do it, so that
+ * the machine stops; fn(arg, false) when it may go on. Home loop; set by the main thread, before the first request.
+ */
+void disk_set_hold(struct disk *d, void (*fn)(void *arg, bool on), void *arg);
 
 /* Any thread. */
 uint64_t disk_size(const struct disk *d);       /* bytes, multiple of 512 */

@@ -8,6 +8,7 @@
 #include "vmm/facts.h"
 #include "vmm/opts.h"
 #include "format.h"
+#include "gate.h"
 
 static const char *const cache_names[] = { [CACHE_WRITEBACK] = "writeback", [CACHE_NONE] = "none",
 	[CACHE_WRITETHROUGH] = "writethrough", [CACHE_UNSAFE] = "unsafe", NULL };
@@ -57,6 +58,9 @@ static int read_keys(struct keys *k, struct opts *o, struct error *err)
 	return 0;
 }
 
+static void start(struct blk_req *r);
+static void end(struct blk_req *r, int err);
+
 int disk_open(struct disk **ret, struct opts *o, struct error *err)
 {
 	struct disk *d;
@@ -81,6 +85,11 @@ int disk_open(struct disk **ret, struct opts *o, struct error *err)
 		disk_close(d);
 		return r;
 	}
+	r = gate_new(&d->gate, o, &(struct gate_door){ d->shown->path, start, end }, err);
+	if (r) {
+		disk_close(d);
+		return r;
+	}
 	d->image->unsafe = k.cache == CACHE_UNSAFE;
 	for (struct image *i = d->image; i; i = i->backing)
 		i->blocking = false;
@@ -96,6 +105,7 @@ void disk_close(struct disk *d)
 		return;
 	assert(!d->inflight);
 	map_free(d);
+	gate_free(d->gate);
 	r = image_close(d->image);
 	if (r)
 		log_error("a disk could not be written out: %s", strerrordesc_np(-r));
@@ -107,6 +117,14 @@ void disk_set_home(struct disk *d, struct loop *home)
 	d->home = home;
 	for (struct image *i = d->image; i; i = i->backing)
 		i->file.home = home;
+	if (d->gate)
+		gate_set_home(d->gate, home);
+}
+
+void disk_set_hold(struct disk *d, void (*fn)(void *arg, bool on), void *arg)
+{
+	if (d->gate)
+		gate_set_hold(d->gate, fn, arg);
 }
 
 /* ---- any thread ---- */
@@ -138,7 +156,7 @@ uint32_t disk_block_size(const struct disk *d)
 
 /* ---- requests; home loop ---- */
 
-static void finish(struct blk_req *r, int err)
+static void end(struct blk_req *r, int err)
 {
 	struct disk *d = r->disk;
 
@@ -147,6 +165,16 @@ static void finish(struct blk_req *r, int err)
 	d->inflight--;
 	d->idle = d->inflight == 0;
 	r->done(r, err);
+}
+
+static void finish(struct blk_req *r, int err)
+{
+	struct disk *d = r->disk;
+
+	if (d->gate)
+		gate_leave(d->gate, r, err, d->writethrough);
+	else
+		end(r, err);
 }
 
 static void synced(struct blk_req *r, int err)
@@ -201,17 +229,10 @@ static int check(const struct disk *d, const struct blk_req *r)
 	return 0;
 }
 
-void disk_submit(struct disk *d, struct blk_req *r)
+static void start(struct blk_req *r)
 {
-	int err;
+	struct disk *d = r->disk;
 
-	ON_LOOP(d->home);
-	r->disk = d;
-	d->inflight++;
-	d->idle = false;
-	err = check(d, r);
-	if (err)
-		return finish(r, err);
 	if (r->op == BLK_FLUSH)
 		return sync_request(d, r);
 	if (!r->len)
@@ -224,13 +245,34 @@ void disk_submit(struct disk *d, struct blk_req *r)
 	file_submit(&d->image->file, r);
 }
 
+void disk_submit(struct disk *d, struct blk_req *r)
+{
+	int err;
+
+	ON_LOOP(d->home);
+	r->disk = d;
+	d->inflight++;
+	d->idle = false;
+	err = check(d, r);
+	if (err)
+		end(r, err);
+	else if (d->gate)
+		gate_enter(d->gate, r);
+	else
+		start(r);
+}
+
 void disk_drain(struct disk *d)
 {
 	ON_LOOP(d->home);
 	loop_del_timer(d->home, &d->tidy);
+	if (d->gate)
+		gate_drain(d->gate);
 	if (!d->idle)
 		loop_drain(d->home, &d->idle);
 	assert(d->idle);
+	if (d->gate)
+		gate_drained(d->gate);
 }
 
 void disk_set_writethrough(struct disk *d, bool on)
@@ -249,4 +291,6 @@ void disk_describe(const struct disk *d, struct facts *f)
 	facts_u64(f, "size", d->image->size);
 	facts_bool(f, "readonly", d->image->file.readonly);
 	facts_str(f, "cache", cache_names[d->cache]);
+	if (d->gate)
+		gate_describe(d->gate, f);
 }

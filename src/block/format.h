@@ -4,6 +4,8 @@
  * Inside src/block.
  *
  *   disk.c     a disk under a guest: keys, ranges, read-only, flush rules, in-flight count
+ *   gate.c     what testers put before it: faults, delays, limits, error policy
+ *   writelog.c the log of its writes
  *   request.c  one guest request over the images of a chain: extents, copy-on-write, waiting for metadata
  *   image.c    an image for tools: opening, the chain, and the same requests done in place
  *   tables.c   a bounded cache of an image's metadata tables
@@ -281,6 +283,7 @@ struct disk {
 	const struct image *shown;      /* what the user named: image, or what lies below its overlay */
 	enum cache_mode cache;
 	bool discard;
+	struct gate *gate;              /* NULL: no faults, limits, policy, log */
 	struct loop *home;
 
 	/* home loop */

@@ -48,6 +48,7 @@ struct count {
 
 struct blk {
 	struct virtio v;
+	struct vm *vm;
 	struct disk *disk;
 	char serial[VIRTIO_BLK_ID_BYTES];
 
@@ -486,6 +487,13 @@ static int make(struct blk **ret, struct opts *o, struct error *err)
 	return 0;
 }
 
+static void hold(void *arg, bool on)
+{
+	struct blk *b = arg;
+
+	vm_hold(b->vm, on);
+}
+
 static int blk_create(struct vm *vm, struct opts *o, struct error *err)
 {
 	struct blk *b = NULL;
@@ -493,6 +501,8 @@ static int blk_create(struct vm *vm, struct opts *o, struct error *err)
 
 	if (r)
 		return r;
+	b->vm = vm;
+	disk_set_hold(b->disk, hold, b);
 	r = vm_add_virtio(vm, &b->v, err);
 	if (r)
 		blk_free(&b->v);
@@ -502,7 +512,8 @@ static int blk_create(struct vm *vm, struct opts *o, struct error *err)
 const struct device_class blk_class = {
 	.name = "blk",
 	.help = "file=FILE[,format=raw][,ro][,cache=writeback|none|writethrough|unsafe][,discard=on|off]"
-		"[,serial=TEXT][,queues=1-16]",
+		"[,serial=TEXT][,queues=1-16][,fault=KIND:WHAT:WHEN...][,delay=TIME][,iops=N][,bps=SIZE][,werror=report|stop|ignore]"
+		"[,rerror=...][,log=FILE] (docs/disk-testing.md)",
 	.implied = "file",
 	.create = blk_create,
 };
