@@ -6,7 +6,8 @@
 #include "vmm/gmem.h"
 #include "vmm/iov.h"
 
-#define VIRTQ_MAX 256           /* largest ring, and largest chain, in descriptors */
+#define VIRTQ_MAX  1024         /* largest ring, in descriptors */
+#define VIRTQ_SEGS 256          /* largest chain; a longer one breaks the ring */
 
 struct virtq;
 
@@ -20,7 +21,7 @@ struct virtq_cfg {
 struct virtq_chain {
 	uint16_t head;
 	struct iov_view out, in;        /* driver-to-device bytes; device-to-driver room */
-	struct iovec iov[VIRTQ_MAX];
+	struct iovec iov[VIRTQ_SEGS];
 };
 
 /* A chain on the stack: 4 KiB that hardened builds need not clear, virtq_pop() fills what counts. */

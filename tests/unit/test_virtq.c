@@ -422,7 +422,7 @@ END_TEST
 
 START_TEST(test_row13_malformed_indirect_breaks_the_ring)
 {
-	static const uint32_t lens[] = { 0, 1, 15, 17, 16 * (VIRTQ_MAX + 1), 0xfffffff0 };
+	static const uint32_t lens[] = { 0, 1, 15, 17, 16 * (VIRTQ_SEGS + 1), 0xfffffff0 };
 
 	fresh(IN);
 	desc(&D[0], TABLE, 16, IND | NEXT, 1);
@@ -449,15 +449,15 @@ END_TEST
 START_TEST(test_row13_chain_longer_than_the_cap_breaks_the_ring)
 {
 	fresh(IN);
-	for (unsigned i = 0; i < VIRTQ_MAX; i++)
+	for (unsigned i = 0; i < VIRTQ_SEGS; i++)
 		desc(&T[i], 0x8000, 16, NEXT, i + 1);
-	T[VIRTQ_MAX - 1].flags = 0;
-	desc(&D[0], TABLE, 16 * VIRTQ_MAX, IND, 0);
+	T[VIRTQ_SEGS - 1].flags = 0;
+	desc(&D[0], TABLE, 16 * VIRTQ_SEGS, IND, 0);
 	offer(0);
 	ck_assert_int_eq(virtq_pop(&q, &c), 1);         /* the cap itself is fine */
-	ck_assert_uint_eq(c.out.len, 16 * VIRTQ_MAX);
+	ck_assert_uint_eq(c.out.len, 16 * VIRTQ_SEGS);
 	desc(&D[1], 0x8000, 16, NEXT, 2);
-	desc(&D[2], TABLE, 16 * VIRTQ_MAX, IND, 0);
+	desc(&D[2], TABLE, 16 * VIRTQ_SEGS, IND, 0);
 	offer(1);
 	expect_broken("chain is too long");
 }

@@ -229,7 +229,7 @@ static int tx_add(struct net *n, struct virtq_chain *c)
 	if (filled)
 		iov[0] = (struct iovec){ f->filled, filled };
 	cnt = filled ? 1 : 0;
-	cnt += iov_export(&c->out, iov + cnt, VIRTQ_MAX);
+	cnt += iov_export(&c->out, iov + cnt, VIRTQ_SEGS);
 	n->tx_msg[n->tx_nr++].msg_hdr = (struct msghdr){ .msg_iov = iov, .msg_iovlen = cnt };
 	n->tx_iovs += cnt;
 	return 0;
@@ -294,7 +294,7 @@ static void tx_run(struct net *n)
 			count(&n->sent.invalid, 1);
 			virtq_push(q, c.head, 0);
 		}
-		if ((n->tx_nr == TX_BATCH || n->tx_iovs + VIRTQ_MAX + 1 > TX_IOVS) && !tx_flush(n))
+		if ((n->tx_nr == TX_BATCH || n->tx_iovs + VIRTQ_SEGS + 1 > TX_IOVS) && !tx_flush(n))
 			return;
 	}
 	tx_flush(n);
@@ -359,8 +359,8 @@ static bool rx_fill(struct net *n)
 			virtq_push(q, c.head, 0);
 			continue;
 		}
-		iov = rx_place(n, VIRTQ_MAX);
-		nr = iov ? iov_export(&c.in, iov, VIRTQ_MAX) : 0;
+		iov = rx_place(n, VIRTQ_SEGS);
+		nr = iov ? iov_export(&c.in, iov, VIRTQ_SEGS) : 0;
 		if (!nr) {
 			virtq_unpop(q, &c);
 			return false;

@@ -175,7 +175,7 @@ static const char *enter_indirect(const struct virtq *q, struct walk *w, const s
 	/* virtio 1.2, 2.7.5.3: not nested, not together with NEXT */
 	if (!q->indirect || w->nested || (d->flags & VRING_DESC_F_NEXT))
 		return "indirect table not allowed here";
-	if (!d->len || d->len % sizeof(*d) || d->len / sizeof(*d) > VIRTQ_MAX)
+	if (!d->len || d->len % sizeof(*d) || d->len / sizeof(*d) > VIRTQ_SEGS)
 		return "bad length of an indirect table";
 	w->table = gmem_at(q->mem, d->addr, d->len);
 	if (!w->table)
@@ -196,7 +196,7 @@ static const char *add_buffer(const struct virtq *q, struct walk *w, const struc
 	p = gmem_at(q->mem, d->addr, d->len);
 	if (!p)
 		return "buffer is not in RAM";
-	if (w->segs == VIRTQ_MAX)
+	if (w->segs == VIRTQ_SEGS)
 		return "chain is too long";
 	if (d->flags & VRING_DESC_F_WRITE) {
 		if (!w->in)
