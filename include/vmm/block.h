@@ -53,9 +53,10 @@ void disk_set_home(struct disk *d, struct loop *home);  /* main thread, before t
 void disk_set_hold(struct disk *d, void (*fn)(void *arg, bool on), void *arg);
 
 /* Any thread. */
-uint64_t disk_size(const struct disk *d);       /* bytes, multiple of 512 */
+uint64_t disk_size(const struct disk *d);       /* bytes, multiple of 512; disk_refresh_size() changes it */
 bool disk_readonly(const struct disk *d);
 bool disk_can_discard(const struct disk *d);
+bool disk_can_grow(const struct disk *d);       /* disk_refresh_size() may find it larger: raw images */
 bool disk_has_writeback(const struct disk *d);  /* false: cache=writethrough, every write reaches the medium */
 uint32_t disk_block_size(const struct disk *d); /* what the host file wants aligned, 512 or more */
 
@@ -66,6 +67,8 @@ uint32_t disk_block_size(const struct disk *d); /* what the host file wants alig
  */
 void disk_submit(struct disk *d, struct blk_req *r);    /* reaches the kernel at turn end; done() may run at once */
 void disk_drain(struct disk *d);                        /* returns with nothing in flight */
+/* 1: the host file has grown, and disk_size() with it; 0: it has not; -ERANGE: it is smaller than the disk; -errno. */
+int  disk_refresh_size(struct disk *d);
 void disk_set_writethrough(struct disk *d, bool on);    /* on: a write is done when it is on the medium */
 
 void disk_describe(const struct disk *d, struct facts *f);      /* main thread */

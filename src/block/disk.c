@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include "vmm/cleanup.h"
 #include "vmm/error.h"
 #include "vmm/facts.h"
@@ -144,6 +145,11 @@ bool disk_can_discard(const struct disk *d)
 	return d->discard && !d->image->file.readonly;
 }
 
+bool disk_can_grow(const struct disk *d)
+{
+	return !d->image->fmt->map;
+}
+
 bool disk_has_writeback(const struct disk *d)
 {
 	return d->cache != CACHE_WRITETHROUGH;
@@ -273,6 +279,23 @@ void disk_drain(struct disk *d)
 	assert(d->idle);
 	if (d->gate)
 		gate_drained(d->gate);
+}
+
+int disk_refresh_size(struct disk *d)
+{
+	struct image *i = d->image;
+	off_t end = lseek(i->file.meta_fd, 0, SEEK_END);        /* of a block device, too */
+	uint64_t size;
+
+	ON_LOOP(d->home);
+	if (end < 0)
+		return -errno;
+	size = (uint64_t)end - (uint64_t)end % MAX(SECTOR, i->file.align);
+	if (size <= i->size)
+		return size < i->size ? -ERANGE : 0;
+	i->size = size;
+	i->file.size = (uint64_t)end;
+	return 1;
 }
 
 void disk_set_writethrough(struct disk *d, bool on)
