@@ -38,7 +38,7 @@ static void fill_pattern(int fd)
 
 static void start_on(const char *dir, const char *keys, uint64_t want, enum loop_engine engine)
 {
-	char args[200];
+	char args[400];
 	int fd;
 
 	snprintf(path, sizeof(path), "%s/vmm-blk-XXXXXX", dir);
@@ -500,6 +500,213 @@ START_TEST(test_options_are_refused_with_words)
 }
 END_TEST
 
+/* ---- what the keys shape ---- */
+
+static uint64_t config(size_t off, unsigned size)
+{
+	return mock_config(m, (unsigned)off, size);
+}
+#define CONFIG(field) \
+	config(offsetof(struct virtio_blk_config, field), sizeof(((struct virtio_blk_config *)0)->field))
+
+START_TEST(test_keys_shape_the_configuration)
+{
+	start(",logical=1024,physical=8K,align_offset=2K,min_io=16K,opt_io=1M,seg_max=20,size_max=64K"
+	      ",discard_max=1M,discard_seg=3,discard_align=8K,zeroes_max=2M,zeroes_seg=4,queues=2,queue_size=1024");
+	ck_assert(mock_offered(m) & F(VIRTIO_BLK_F_SIZE_MAX));
+	ck_assert_uint_eq(CONFIG(capacity) & UINT32_MAX, SECTORS);
+	ck_assert_uint_eq(CONFIG(blk_size), 1024);
+	ck_assert_uint_eq(CONFIG(physical_block_exp), 3);
+	ck_assert_uint_eq(CONFIG(alignment_offset), 2);
+	ck_assert_uint_eq(CONFIG(min_io_size), 16);
+	ck_assert_uint_eq(CONFIG(opt_io_size), 1024);
+	ck_assert_uint_eq(CONFIG(seg_max), 20);
+	ck_assert_uint_eq(CONFIG(size_max), 65536);
+	ck_assert_uint_eq(CONFIG(max_discard_sectors), 2048);
+	ck_assert_uint_eq(CONFIG(max_discard_seg), 3);
+	ck_assert_uint_eq(CONFIG(discard_sector_alignment), 16);
+	ck_assert_uint_eq(CONFIG(max_write_zeroes_sectors), 4096);
+	ck_assert_uint_eq(CONFIG(max_write_zeroes_seg), 4);
+	ck_assert_uint_eq(CONFIG(write_zeroes_may_unmap), 1);
+	ck_assert_uint_eq(CONFIG(num_queues), 2);
+	ck_assert_uint_eq(mock_ring(m, 1)->num, 1024);
+	stop();
+	start(",discard=off,queue_size=16");
+	ck_assert(!(mock_offered(m) & (F(VIRTIO_BLK_F_SIZE_MAX) | F(VIRTIO_BLK_F_DISCARD))));
+	ck_assert_uint_eq(CONFIG(max_discard_sectors), 0);
+	ck_assert_uint_eq(CONFIG(write_zeroes_may_unmap), 0);
+	ck_assert_uint_eq(CONFIG(seg_max), 14);         /* no chain is longer than its queue */
+	stop();
+}
+END_TEST
+
+START_TEST(test_parts_of_logical_blocks_are_refused)
+{
+	start(",logical=4096,discard_seg=2");
+	ck_assert_uint_eq(CONFIG(physical_block_exp), 0);
+	memset(data(), 0xcd, 8192);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_OUT, 8, 512), VIRTIO_BLK_S_IOERR);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_OUT, 1, 4096), VIRTIO_BLK_S_IOERR);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_IN, 4, 4096), VIRTIO_BLK_S_IOERR);
+	ck_assert_uint_eq(range_request(VIRTIO_BLK_T_DISCARD, 8, 4, 0), VIRTIO_BLK_S_IOERR);
+	ck_assert_uint_eq(range_request(VIRTIO_BLK_T_WRITE_ZEROES, 4, 8, 0), VIRTIO_BLK_S_IOERR);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_IN, 8, 8192), VIRTIO_BLK_S_OK);
+	for (unsigned i = 0; i < 16; i++)
+		ck_assert_uint_eq(data()[i * 512], 8 + i);      /* none of them changed a thing */
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_OUT, 16, 8192), VIRTIO_BLK_S_OK);
+	ck_assert_uint_eq(range_request(VIRTIO_BLK_T_WRITE_ZEROES, 8, 8, 0), VIRTIO_BLK_S_OK);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_GET_ID, 0, 20), VIRTIO_BLK_S_OK);
+	stop();
+}
+END_TEST
+
+START_TEST(test_segment_limits_hold)
+{
+	struct mock_buf b[6];
+
+	start(",seg_max=3,size_max=4K");
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_IN, 0, 4096), VIRTIO_BLK_S_OK);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_IN, 0, 4608), VIRTIO_BLK_S_IOERR);
+	b[0] = (struct mock_buf){ header(VIRTIO_BLK_T_IN, 0), 16 };
+	for (unsigned i = 1; i < 5; i++)
+		b[i] = (struct mock_buf){ data_at + i * 4096, 512 };
+	b[5] = b[4];
+	b[4] = (struct mock_buf){ status_at, 1 };
+	ck_assert_uint_eq(mock_request(m, 0, b, 1, b + 1, 4), 3 * 512 + 1);
+	ck_assert_uint_eq(status(), VIRTIO_BLK_S_OK);
+	b[4] = b[5];
+	b[5] = (struct mock_buf){ status_at, 1 };
+	ck_assert_uint_eq(mock_request(m, 0, b, 1, b + 1, 5), 1);
+	ck_assert_uint_eq(status(), VIRTIO_BLK_S_IOERR);
+	stop();
+}
+END_TEST
+
+/* Discard or write zeroes of several segments, { sector, sectors } each. */
+static uint8_t ranges_request(uint32_t type, const uint32_t (*seg)[2], unsigned n, uint32_t flags)
+{
+	struct virtio_blk_discard_write_zeroes *at = (void *)data();
+
+	for (unsigned i = 0; i < n; i++)
+		at[i] = (struct virtio_blk_discard_write_zeroes){ .sector = htole64(seg[i][0]),
+			.num_sectors = htole32(seg[i][1]), .flags = htole32(flags) };
+	return request(type, 0, n * (uint32_t)sizeof(*at));
+}
+
+START_TEST(test_ranges_of_several_segments)
+{
+	static const uint32_t good[4][2] = { { 8, 8 }, { 100, 1 }, { 40, 0 }, { 32, 2 } };
+	static const uint32_t bad[3][2] = { { 64, 8 }, { 48, 8 }, { SECTORS - 1, 2 } };
+	static const uint32_t large[2][2] = { { 64, 8 }, { 64, 2049 } };
+	struct facts *f = facts_new();
+	uint32_t many[128][2];
+	char *text;
+
+	for (unsigned i = 0; i < 4; i++) {
+		start_on(i / 2 ? "/dev/shm" : "/tmp", ",zeroes_seg=128,zeroes_max=1M", ALL,
+			i % 2 ? LOOP_EPOLL : LOOP_AUTO);
+		ck_assert_uint_eq(ranges_request(VIRTIO_BLK_T_WRITE_ZEROES, good, 4, i % 2), VIRTIO_BLK_S_OK);
+		ck_assert_uint_eq(ranges_request(VIRTIO_BLK_T_WRITE_ZEROES, bad, 3, 0), VIRTIO_BLK_S_IOERR);
+		ck_assert_uint_eq(ranges_request(VIRTIO_BLK_T_WRITE_ZEROES, bad, 2, 2), VIRTIO_BLK_S_UNSUPP);
+		ck_assert_uint_eq(ranges_request(VIRTIO_BLK_T_WRITE_ZEROES, large, 2, 0), VIRTIO_BLK_S_IOERR);
+		ck_assert_uint_eq(request(VIRTIO_BLK_T_IN, 0, 128 * 512), VIRTIO_BLK_S_OK);
+		for (unsigned k = 0; k < 128; k++)
+			ck_assert_uint_eq(data()[k * 512],
+				(k >= 8 && k < 16) || k == 100 || k == 32 || k == 33 ? 0 : k);
+		memset(many, 0, sizeof(many));          /* of no sectors: all done on the spot */
+		ck_assert_uint_eq(ranges_request(VIRTIO_BLK_T_WRITE_ZEROES, many, 128, 0), VIRTIO_BLK_S_OK);
+		ck_assert_uint_eq(ranges_request(VIRTIO_BLK_T_DISCARD, good, 2, 0), VIRTIO_BLK_S_IOERR);
+		if (!i) {
+			mock_device(m)->ops->facts(mock_device(m), f);
+			text = facts_text(f);
+			ck_assert_ptr_nonnull(strstr(text, "\"discards\":2"));
+			free(text);
+		}
+		stop();
+	}
+	facts_free(f);
+}
+END_TEST
+
+START_TEST(test_a_long_queue_takes_as_many_requests)
+{
+	gpa_t st;
+
+	start(",queue_size=1024");
+	st = add_many(1024, VIRTIO_BLK_T_IN, 4096);
+	mock_kick(m, 0);
+	wait_many(1024, st);
+	stop();
+}
+END_TEST
+
+START_TEST(test_a_growing_file_grows_the_disk)
+{
+	start(",resize=auto,logical=1K");
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_IN, SECTORS, 1024), VIRTIO_BLK_S_IOERR);
+	ck_assert_int_eq(truncate(path, (SECTORS + 7) * 512), 0);
+	mock_wait_config(m);
+	ck_assert(!(mock_status(m) & VIRTIO_CONFIG_S_NEEDS_RESET));
+	ck_assert_uint_eq(CONFIG(capacity) & UINT32_MAX, SECTORS + 6);  /* whole blocks */
+	memset(data(), 0x77, 1024);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_OUT, SECTORS + 4, 1024), VIRTIO_BLK_S_OK);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_OUT, SECTORS + 8, 1024), VIRTIO_BLK_S_IOERR);
+	ck_assert_int_eq(truncate(path, SECTORS * 512), 0);
+	usleep(1200000);
+	ck_assert_uint_eq(CONFIG(capacity) & UINT32_MAX, SECTORS + 6);
+	ck_assert_uint_eq(request(VIRTIO_BLK_T_IN, SECTORS - 2, 1024), VIRTIO_BLK_S_OK);
+	mock_reset(m);          /* nobody looks between two drivers */
+	ck_assert_int_eq(truncate(path, (SECTORS + 100) * 512), 0);
+	mock_init(m, ALL);
+	mock_wait_config(m);
+	ck_assert_uint_eq(CONFIG(capacity) & UINT32_MAX, SECTORS + 100);
+	stop();
+}
+END_TEST
+
+START_TEST(test_shapes_are_refused_with_words)
+{
+	static const struct {
+		const char *keys, *words;
+	} bad[] = {
+		{ "logical=256", "must be 512 to 4096" },
+		{ "logical=1536", "must be a power of two" },
+		{ "logical=4096,physical=512", "must be 4096 to 65536" },
+		{ "physical=4096,align_offset=100", "must be a multiple of 512" },
+		{ "physical=4096,align_offset=4096", "must be 0 to 3584" },
+		{ "min_io=513", "must be a multiple of 512" },
+		{ "queue_size=3", "must be a power of two" },
+		{ "queue_size=2048", "must be 2 to 1024" },
+		{ "queue_size=8,seg_max=7", "must be 1 to 6" },
+		{ "seg_max=129", "must be 1 to 128" },
+		{ "discard_max=4T", "must be 512 to" },
+		{ "discard_seg=0", "must be 1 to 128" },
+		{ "discard=off,discard_max=1M", "discard_max: this disk has no discard" },
+		{ "resize=maybe", "expected off or auto" },
+		{ "wwn=1", "unknown key 'wwn'" },
+	};
+	struct error err;
+	char args[100];
+
+	start(",ro");
+	snprintf(args, sizeof(args), "%s,ro,zeroes_max=1M", path);
+	ck_assert_int_eq(mock_try_create(m, &blk_class, args, &err), -EINVAL);
+	ck_assert_ptr_nonnull(strstr(err.msg, "zeroes_max: this disk is read-only"));
+	mock_free(m);
+	m = mock_new(LOOP_AUTO);
+	for (size_t i = 0; i < ARRAY_LEN(bad); i++) {
+		snprintf(args, sizeof(args), "%s,%s", path, bad[i].keys);
+		ck_assert_int_eq(mock_try_create(m, &blk_class, args, &err), -EINVAL);
+		ck_assert_msg(strstr(err.msg, bad[i].words) != NULL, "%s: %s", bad[i].keys, err.msg);
+	}
+	ck_assert_int_eq(truncate(path, SECTORS * 512 - 512), 0);
+	snprintf(args, sizeof(args), "%s,logical=1024", path);
+	ck_assert_int_eq(mock_try_create(m, &blk_class, args, &err), -EINVAL);
+	ck_assert_ptr_nonnull(strstr(err.msg, "are not whole blocks of that"));
+	stop();
+}
+END_TEST
+
 UNIT_MAIN("blk", test_reads_and_writes_reach_the_file, test_configuration_describes_the_disk,
 	test_cache_mode_follows_features_and_driver, test_facts_count_what_was_done,
 	test_row35_sector_overflow_fails,
@@ -511,4 +718,7 @@ UNIT_MAIN("blk", test_reads_and_writes_reach_the_file, test_configuration_descri
 	test_row41_write_to_a_readonly_disk_fails,
 	test_row42_row43_full_ring_of_large_requests_completes_each_once,
 	test_row24_reset_with_requests_in_flight_leaves_no_stray_write,
-	test_options_are_refused_with_words)
+	test_options_are_refused_with_words, test_keys_shape_the_configuration,
+	test_parts_of_logical_blocks_are_refused, test_segment_limits_hold, test_ranges_of_several_segments,
+	test_a_long_queue_takes_as_many_requests, test_a_growing_file_grows_the_disk,
+	test_shapes_are_refused_with_words)

@@ -7,6 +7,11 @@
  * there can never be more than the rings have heads. All queues live on one loop, so the slots need no
  * lock. A request that the guest got wrong fails with a status; one without a place for a status, or
  * that breaks a rule of its kind's shape, breaks the device.
+ *
+ * Discard and write zeroes may have several segments. They are copied into the slot, all checked, and then
+ * done one after the other with the slot's one disk request:
+ *
+ *      check all -> [segment] -> done: next segment | failed, or the last: answer
  */
 #include <endian.h>
 #include <errno.h>
@@ -15,6 +20,7 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
+#include "blk_config.h"
 #include "vmm/block.h"
 #include "vmm/cleanup.h"
 #include "vmm/error.h"
@@ -23,13 +29,9 @@
 #include "vmm/virtio.h"
 #include "vmm/vm.h"
 
-#define SECTOR          512u
-#define QUEUE_SIZE      256
-#define QUEUES_MAX      16
-#define SLAB_SLOTS      16
-#define SLABS_MAX       (QUEUES_MAX * QUEUE_SIZE / SLAB_SLOTS)
-#define DISCARD_SECTORS (2u << 20)      /* 1 GiB a request */
-#define ZERO_SECTORS    (128u << 10)    /* 64 MiB: a host that must write them is busy for a while */
+#define SECTOR     BLK_SECTOR
+#define SLAB_SLOTS 16
+#define RESIZE_NS  1000000000ull        /* between two looks at the host file's size */
 
 struct slot {
 	struct blk_req req;
@@ -39,7 +41,19 @@ struct slot {
 	uint32_t in_len;                /* bytes that a success stores before the status byte */
 	uint8_t *status;
 	struct slot *next;              /* free */
-	struct iovec iov[BLK_IOVS];
+	unsigned segs, at;              /* discard, write zeroes: segments in all, and done */
+	bool submitting;                /* run_segments() is on the stack */
+	bool ended;                     /* the segment it submitted is; with err */
+	int err;
+	union {
+		struct iovec iov[BLK_IOVS];
+		struct virtio_blk_discard_write_zeroes seg[BLK_IOVS];
+	};
+};
+
+struct slab {
+	struct slab *next;
+	struct slot slot[SLAB_SLOTS];
 };
 
 struct count {
@@ -50,12 +64,13 @@ struct blk {
 	struct virtio v;
 	struct vm *vm;
 	struct disk *disk;
-	char serial[VIRTIO_BLK_ID_BYTES];
+	struct blk_shape shape;
 
 	/* home loop */
 	struct slot *free;
-	struct slot *slab[SLABS_MAX];
-	unsigned nr_slabs;
+	struct slab *slabs;
+	struct loop_timer resize;
+	bool shrunk;                    /* the host file is smaller than the disk, and that was said */
 	bool live;                      /* between start and stop */
 	bool writeback;                 /* what the driver wants, where it may choose */
 	struct count reads, writes, flushes, discards, bytes_read, bytes_written, errors;
@@ -74,20 +89,23 @@ static uint64_t count_get(const struct count *c)
 
 /* ---- slots; home loop ---- */
 
+static void put_slot(struct blk *b, struct slot *s)
+{
+	s->next = b->free;
+	b->free = s;
+}
+
 static int add_slab(struct blk *b)
 {
-	struct slot *s;
+	struct slab *slab = calloc(1, sizeof(*slab));
 
-	if (b->nr_slabs == SLABS_MAX)
+	if (!slab)
 		return -ENOMEM;
-	s = calloc(SLAB_SLOTS, sizeof(*s));
-	if (!s)
-		return -ENOMEM;
-	b->slab[b->nr_slabs++] = s;
+	slab->next = b->slabs;
+	b->slabs = slab;
 	for (unsigned i = 0; i < SLAB_SLOTS; i++) {
-		s[i].b = b;
-		s[i].next = b->free;
-		b->free = &s[i];
+		slab->slot[i].b = b;
+		put_slot(b, &slab->slot[i]);
 	}
 	return 0;
 }
@@ -101,12 +119,6 @@ static struct slot *take_slot(struct blk *b)
 	s = b->free;
 	b->free = s->next;
 	return s;
-}
-
-static void put_slot(struct blk *b, struct slot *s)
-{
-	s->next = b->free;
-	b->free = s;
 }
 
 /* ---- completion; home loop ---- */
@@ -194,21 +206,34 @@ static struct slot *slot_for(struct blk *b, const struct parsed *p, enum blk_op 
 	return s;
 }
 
+static bool whole_blocks(const struct blk *b, uint64_t sectors)
+{
+	return !(sectors & (b->shape.logical / SECTOR - 1));
+}
+
+static bool segments_fit(const struct blk *b, const struct slot *s)
+{
+	for (unsigned i = 0; b->shape.size_max && i < s->req.cnt; i++)
+		if (s->iov[i].iov_len > b->shape.size_max)
+			return false;
+	return true;
+}
+
 static void transfer(struct blk *b, const struct parsed *p, enum blk_op op)
 {
 	const struct iov_view *data = op == BLK_READ ? &p->in : &p->out;
 	struct slot *s;
 
 	/* In sectors, so that nothing can wrap; the disk proves the range again in bytes. */
-	if (data->len % SECTOR || p->sector > UINT64_MAX / SECTOR)
+	if (data->len % b->shape.logical || !whole_blocks(b, p->sector) || p->sector > UINT64_MAX / SECTOR)
 		return fail(b, p, VIRTIO_BLK_S_IOERR);
 	s = slot_for(b, p, op);
 	if (!s)
 		return fail(b, p, VIRTIO_BLK_S_IOERR);
 	s->req.off = p->sector * SECTOR;
 	s->req.len = data->len;
-	s->req.cnt = iov_export(data, s->iov, BLK_IOVS);
-	if (!s->req.cnt && data->len) {         /* more segments than seg_max */
+	s->req.cnt = iov_export(data, s->iov, b->shape.seg_max);
+	if ((!s->req.cnt && data->len) || !segments_fit(b, s)) {        /* seg_max, size_max */
 		put_slot(b, s);
 		return fail(b, p, VIRTIO_BLK_S_IOERR);
 	}
@@ -232,36 +257,83 @@ static void flush(struct blk *b, const struct parsed *p)
 static void get_id(struct blk *b, struct parsed *p)
 {
 	answer(b, p->q, p->head, p->status, VIRTIO_BLK_S_OK,
-		(uint32_t)iov_write(&p->in, b->serial, sizeof(b->serial)));
+		(uint32_t)iov_write(&p->in, b->shape.serial, sizeof(b->shape.serial)));
 }
 
-/* Discard and write zeroes: exactly one segment, as the configuration says. */
+/* Segment by segment. A disk that answers at once does not nest: the loop here goes on. */
+static void run_segments(struct slot *s)
+{
+	s->submitting = true;
+	do {
+		const struct virtio_blk_discard_write_zeroes *seg = &s->seg[s->at];
+
+		s->ended = false;
+		s->req.off = le64toh(seg->sector) * SECTOR;
+		s->req.len = (uint64_t)le32toh(seg->num_sectors) * SECTOR;
+		s->req.unmap = le32toh(seg->flags) & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+		disk_submit(s->b->disk, &s->req);
+	} while (s->ended && s->at < s->segs);
+	s->submitting = false;
+	if (s->ended)
+		request_done(&s->req, s->err);
+}
+
+static void segment_done(struct blk_req *r, int err)
+{
+	struct slot *s = container_of(r, struct slot, req);
+
+	s->ended = true;
+	s->err = err;
+	s->at = err ? s->segs : s->at + 1;
+	if (s->submitting)
+		return;
+	if (s->at < s->segs)
+		run_segments(s);
+	else
+		request_done(r, err);
+}
+
+static uint8_t check_segment(const struct blk *b, const struct virtio_blk_discard_write_zeroes *seg,
+	enum blk_op op)
+{
+	uint64_t sector = le64toh(seg->sector), most = op == BLK_ZERO ? b->shape.zeroes_max : b->shape.discard_max;
+	uint32_t n = le32toh(seg->num_sectors), flags = le32toh(seg->flags);
+
+	/* virtio 1.2, 5.2.6.2: unknown flags, and unmap in a discard, are unsupported */
+	if (flags & ~(op == BLK_ZERO ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0u))
+		return VIRTIO_BLK_S_UNSUPP;
+	if (n > most / SECTOR || !whole_blocks(b, sector | n) || sector > disk_size(b->disk) / SECTOR ||
+		n > disk_size(b->disk) / SECTOR - sector)
+		return VIRTIO_BLK_S_IOERR;
+	return VIRTIO_BLK_S_OK;
+}
+
+/* Discard and write zeroes: nothing is done unless all segments are right. */
 static void range(struct blk *b, struct parsed *p, enum blk_op op)
 {
-	struct virtio_blk_discard_write_zeroes seg;
-	uint64_t sector;
-	uint32_t n, flags;
+	uint32_t most = op == BLK_ZERO ? b->shape.zeroes_seg : b->shape.discard_seg;
+	size_t n = p->out.len / sizeof(struct virtio_blk_discard_write_zeroes);
+	uint8_t status = VIRTIO_BLK_S_OK;
 	struct slot *s;
 
 	if (!virtio_has(&b->v, op == BLK_ZERO ? VIRTIO_BLK_F_WRITE_ZEROES : VIRTIO_BLK_F_DISCARD))
 		return fail(b, p, VIRTIO_BLK_S_UNSUPP);
-	if (p->out.len != sizeof(seg) || !IOV_GET(&p->out, &seg))
-		return fail(b, p, VIRTIO_BLK_S_IOERR);
-	sector = le64toh(seg.sector);
-	n = le32toh(seg.num_sectors);
-	flags = le32toh(seg.flags);
-	/* virtio 1.2, 5.2.6.2: unknown flags, and unmap in a discard, are unsupported */
-	if (flags & ~(op == BLK_ZERO ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0u))
-		return fail(b, p, VIRTIO_BLK_S_UNSUPP);
-	if (n > (op == BLK_ZERO ? ZERO_SECTORS : DISCARD_SECTORS) || sector > UINT64_MAX / SECTOR)
+	if (!n || n > most || p->out.len % sizeof(s->seg[0]))
 		return fail(b, p, VIRTIO_BLK_S_IOERR);
 	s = slot_for(b, p, op);
 	if (!s)
 		return fail(b, p, VIRTIO_BLK_S_IOERR);
-	s->req.off = sector * SECTOR;
-	s->req.len = (uint64_t)n * SECTOR;
-	s->req.unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-	disk_submit(b->disk, &s->req);
+	iov_read(&p->out, s->seg, n * sizeof(s->seg[0]));
+	for (size_t i = 0; i < n && status == VIRTIO_BLK_S_OK; i++)
+		status = check_segment(b, &s->seg[i], op);
+	if (status != VIRTIO_BLK_S_OK) {
+		put_slot(b, s);
+		return fail(b, p, status);
+	}
+	s->segs = (unsigned)n;
+	s->at = 0;
+	s->req.done = segment_done;
+	run_segments(s);
 }
 
 static void request(struct blk *b, struct parsed *p)
@@ -330,12 +402,37 @@ static void apply_cache(struct blk *b, bool writeback)
 		disk_set_writethrough(b->disk, !writeback);
 }
 
+/* The host file has grown: the driver reads the new capacity after a configuration interrupt. */
+static void tell_capacity(struct blk *b)
+{
+	uint64_t sectors = htole64(blk_shape_capacity(&b->shape, b->disk));
+
+	virtio_config_set(&b->v, offsetof(struct virtio_blk_config, capacity), &sectors, sizeof(sectors));
+	virtio_config_changed(&b->v);
+}
+
+static void look_at_size(struct loop_timer *t)
+{
+	struct blk *b = container_of(t, struct blk, resize);
+	int r = disk_refresh_size(b->disk);
+
+	if (r > 0)
+		tell_capacity(b);
+	if (r == -ERANGE && !b->shrunk)
+		log_warn("%s: the file has become smaller than the disk: the guest is not told, and what is cut off fails",
+			b->v.name);
+	b->shrunk = r == -ERANGE;
+	loop_set_timer(b->v.home, t, loop_now() + RESIZE_NS);
+}
+
 static int blk_start(struct virtio *v)
 {
 	struct blk *b = container_of(v, struct blk, v);
 
 	disk_set_home(b->disk, v->home);
 	b->live = true;
+	if (b->shape.resize)
+		loop_set_timer(v->home, &b->resize, loop_now() + RESIZE_NS);
 	/* virtio 1.2, 5.2.5.2: a driver that cannot flush gets a write-through disk */
 	apply_cache(b, b->writeback && virtio_has(v, VIRTIO_BLK_F_FLUSH));
 	return 0;
@@ -345,6 +442,7 @@ static void blk_stop(struct virtio *v)
 {
 	struct blk *b = container_of(v, struct blk, v);
 
+	loop_del_timer(v->home, &b->resize);
 	disk_drain(b->disk);
 	b->live = false;
 	b->writeback = disk_has_writeback(b->disk);     /* the next driver starts afresh */
@@ -384,8 +482,10 @@ static void blk_free(struct virtio *v)
 	struct blk *b = container_of(v, struct blk, v);
 
 	disk_close(b->disk);
-	for (unsigned i = 0; i < b->nr_slabs; i++)
-		free(b->slab[i]);
+	for (struct slab *s = b->slabs, *next; s; s = next) {
+		next = s->next;
+		free(s);
+	}
 	free(b);
 }
 
@@ -400,88 +500,29 @@ static const struct virtio_ops blk_ops = {
 	.free = blk_free,
 };
 
-static uint64_t features_of(const struct disk *d, unsigned queues)
-{
-	uint64_t f = 1ull << VIRTIO_BLK_F_SEG_MAX | 1ull << VIRTIO_BLK_F_BLK_SIZE |
-		1ull << VIRTIO_BLK_F_TOPOLOGY | 1ull << VIRTIO_BLK_F_FLUSH |
-		1ull << VIRTIO_BLK_F_CONFIG_WCE;
-
-	if (disk_readonly(d))
-		f |= 1ull << VIRTIO_BLK_F_RO;
-	else
-		f |= 1ull << VIRTIO_BLK_F_WRITE_ZEROES;
-	if (disk_can_discard(d))
-		f |= 1ull << VIRTIO_BLK_F_DISCARD;
-	if (queues > 1)
-		f |= 1ull << VIRTIO_BLK_F_MQ;
-	return f;
-}
-
-static void fill_config(struct virtio_blk_config *c, const struct disk *d, unsigned queues)
-{
-	uint32_t block = disk_block_size(d);
-
-	*c = (struct virtio_blk_config){
-		.capacity = htole64(disk_size(d) / SECTOR),
-		.seg_max = htole32(BLK_IOVS),
-		.blk_size = htole32(SECTOR),
-		.physical_block_exp = (uint8_t)__builtin_ctz(block / SECTOR),
-		.min_io_size = htole16((uint16_t)(block / SECTOR)),
-		.wce = disk_has_writeback(d),
-		.num_queues = htole16((uint16_t)queues),
-	};
-	if (disk_can_discard(d)) {
-		c->max_discard_sectors = htole32(DISCARD_SECTORS);
-		c->max_discard_seg = htole32(1);
-		c->discard_sector_alignment = htole32(block / SECTOR);
-	}
-	if (!disk_readonly(d)) {
-		c->max_write_zeroes_sectors = htole32(ZERO_SECTORS);
-		c->max_write_zeroes_seg = htole32(1);
-		c->write_zeroes_may_unmap = disk_can_discard(d);
-	}
-}
-
-static int read_keys(struct blk *b, struct opts *o, uint64_t *queues, struct error *err)
-{
-	const char *serial = opts_str(o, "serial");
-	int r;
-
-	*queues = 1;
-	r = opts_u64(o, "queues", 1, QUEUES_MAX, queues, err);
-	if (r)
-		return r;
-	if (serial && strlen(serial) > sizeof(b->serial))
-		return error_set(err, EINVAL, "%s: serial=%s: at most %zu characters", opts_option(o), serial,
-			sizeof(b->serial));
-	if (serial)
-		memcpy(b->serial, serial, strlen(serial));
-	return opts_end(o, err);
-}
-
 /* Everything but handing it to the machine. */
 static int make(struct blk **ret, struct opts *o, struct error *err)
 {
 	struct blk *b = calloc(1, sizeof(*b));
 	struct virtio_blk_config config;
-	uint64_t queues;
 	int r;
 
 	if (!b)
 		return error_set(err, ENOMEM, "%s: out of memory", opts_option(o));
 	r = disk_open(&b->disk, o, err);
 	if (!r)
-		r = read_keys(b, o, &queues, err);
+		r = blk_shape_read(&b->shape, b->disk, o, err);
 	if (r) {
 		disk_close(b->disk);
 		free(b);
 		return r;
 	}
 	b->writeback = disk_has_writeback(b->disk);
-	virtio_init(&b->v, &blk_ops, features_of(b->disk, (unsigned)queues), sizeof(config));
-	for (unsigned i = 0; i < queues; i++)
-		virtio_add_queue(&b->v, QUEUE_SIZE);
-	fill_config(&config, b->disk, (unsigned)queues);
+	virtio_init(&b->v, &blk_ops, blk_shape_features(&b->shape, b->disk), sizeof(config));
+	b->resize.fn = look_at_size;
+	for (unsigned i = 0; i < b->shape.queues; i++)
+		virtio_add_queue(&b->v, b->shape.queue_size);
+	blk_shape_config(&b->shape, b->disk, &config);
 	virtio_config_set(&b->v, 0, &config, sizeof(config));
 	*ret = b;
 	return 0;
@@ -512,8 +553,9 @@ static int blk_create(struct vm *vm, struct opts *o, struct error *err)
 const struct device_class blk_class = {
 	.name = "blk",
 	.help = "file=FILE[,format=raw][,ro][,cache=writeback|none|writethrough|unsafe][,discard=on|off]"
-		"[,serial=TEXT][,queues=1-16][,fault=KIND:WHAT:WHEN...][,delay=TIME][,iops=N][,bps=SIZE][,werror=report|stop|ignore]"
-		"[,rerror=...][,log=FILE] (docs/disk-testing.md)",
+		"[,serial=TEXT][,queues=1-16][,queue_size=2-1024][,logical=512-4096][,physical=512-64K][,resize=auto]"
+		"[,fault=KIND:WHAT:WHEN...][,delay=TIME][,iops=N][,bps=SIZE][,werror=report|stop|ignore][,rerror=...]"
+		"[,log=FILE] (docs/disk-testing.md)",
 	.implied = "file",
 	.create = blk_create,
 };
