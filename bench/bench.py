@@ -3,6 +3,7 @@
 
 All figures are medians. The runs of the programs compared alternate, so that a noisy moment hits them all alike.
 """
+import argparse
 import collections
 import os
 import pathlib
@@ -114,17 +115,6 @@ def port_exits(rows, tools, tmp):
 		beside=f'minimal {each["minimal"]:.2f} us')
 
 
-def private_mib(pid):
-	"""Private memory of a process without its memfd mappings (guest RAM), MiB."""
-	total, counted = 0, True
-	for line in pathlib.Path(f'/proc/{pid}/smaps').read_text().splitlines():
-		if re.match(r'[0-9a-f]+-[0-9a-f]+ ', line):
-			counted = 'memfd:' not in line
-		elif counted and line.startswith('Private_'):
-			total += int(line.split()[1])
-	return total / 1024
-
-
 def memory(rows, tools, tmp):
 	(tmp / 'idle').write_bytes(IDLE)
 	child = subprocess.Popen([str(a) for a in [*tools['vmm'], '--mem', f'{MEM_MIB}M', '--kernel', tmp / 'idle',
@@ -142,20 +132,13 @@ def memory(rows, tools, tmp):
 				below[int(status.parent.name)] = re.search(r'Name:\t(.*)', text)[1]
 		sizes = collections.Counter()   # vmm's own helpers go by its name and count as vmm
 		for pid, name in below.items():
-			sizes[name] += private_mib(pid)
+			sizes[name] += blk.private_mib(pid)
 	finally:
 		child.send_signal(signal.SIGKILL)
 		child.wait()
 	rows.add('private memory, disk and NAT, idle', sizes['vmm'], 'MiB', 4)
 	if 'vmm-nat' in sizes:
 		rows.add('private memory of the NAT helper', sizes['vmm-nat'], 'MiB', 4)
-
-
-def disks(rows, tmp):
-	for (name, _, _, _, _, least), rates in blk.measure(blk.make_file(tmp, blk.MIB)):
-		beside = ', '.join(f'{n} {r / 1e3:.0f}' for n, r in rates.items() if n != 'vmm')
-		best = max(rates['QEMU'], rates['QEMU iothread'])
-		rows.add(f'disk: {name}', rates['vmm'] / 1e3, 'k/s', least=least and least * best / 1e3, beside=beside)
 
 
 def bed_boot(rows):
@@ -179,6 +162,10 @@ def bed_boot(rows):
 
 
 def main():
+	parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+	blk.arguments(parser)
+	args = parser.parse_args()
+	kvm = os.access('/dev/kvm', os.R_OK | os.W_OK)
 	build = TOP / 'build'
 	programs = bed.built(build)
 	tools = {'minimal': build / programs['minimal'],
@@ -187,15 +174,17 @@ def main():
 	(TOP / 'cache').mkdir(exist_ok=True)
 	with tempfile.TemporaryDirectory(dir=TOP / 'cache', prefix='bench-') as tmp:
 		tmp = pathlib.Path(tmp)
-		if os.access('/dev/kvm', os.R_OK | os.W_OK):
+		if kvm:
 			starts(rows, tools, tmp)
 			port_exits(rows, tools, tmp)
 			memory(rows, tools, tmp)
-			disks(rows, tmp)
 		else:
 			print('no usable /dev/kvm here: only what the emulated bed can measure')
 	bed_boot(rows)
 	rows.print()
+	if kvm:
+		print()
+		blk.run(TOP / 'cache', only=args.only, quick=args.quick)
 
 
 if __name__ == '__main__':

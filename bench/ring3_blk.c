@@ -1,7 +1,7 @@
 /*
- * A polling virtio-blk driver in ring 3: reads at a fixed depth and says when it starts and when it ends; the
- * host's clock measures. Keys on the command line: depth=, bs= (bytes), n= (requests), seq (else random).
- * Finds the device on any modern virtio-mmio slot of vmm or of QEMU's microvm.
+ * A polling virtio-blk driver in ring 3: reads or writes at a fixed depth and says '<' when it starts and '>' when
+ * it ends; the host's clock measures. Keys on the command line: depth= (to 64), bs= (bytes), n= (requests), seq
+ * (else random), write (else read), stay (do not leave: to be looked at). Finds the device on any modern virtio-mmio slot of vmm or of QEMU's microvm.
  */
 #include <linux/virtio_blk.h>
 #include <linux/virtio_config.h>
@@ -34,7 +34,7 @@ static volatile uint8_t status[DEPTH];
 static volatile uint8_t *regs;
 static uint64_t blocks, sectors_each, next_block;
 static uint64_t seed = 88172645463325252ull;
-static bool sequential;
+static bool sequential, writing;
 
 static void outb(uint16_t port, uint8_t val)
 {
@@ -194,10 +194,19 @@ static void fill_descriptors(unsigned depth, uint32_t size)
 		d[0] = (struct vring_desc){ (uintptr_t)&header[i], sizeof(header[i]), VRING_DESC_F_NEXT,
 			(uint16_t)(i * 3 + 1) };
 		d[1] = (struct vring_desc){ BUFFERS + i * (uint64_t)size, size,
-			VRING_DESC_F_NEXT | VRING_DESC_F_WRITE, (uint16_t)(i * 3 + 2) };
+			VRING_DESC_F_NEXT | (writing ? 0 : VRING_DESC_F_WRITE), (uint16_t)(i * 3 + 2) };
 		d[2] = (struct vring_desc){ (uintptr_t)&status[i], 1, VRING_DESC_F_WRITE, 0 };
-		header[i].type = VIRTIO_BLK_T_IN;
+		header[i].type = writing ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN;
 	}
+}
+
+/* Nothing that could be taken for zeroes, and no two blocks alike. */
+static void fill_buffers(uint64_t bytes)
+{
+	uint64_t *p = (uint64_t *)BUFFERS;
+
+	for (uint64_t i = 0; i < bytes / 8; i++)
+		p[i] = i * 0x9e3779b97f4a7c15ull + 1;
 }
 
 void payload(uint32_t start_info)
@@ -209,12 +218,14 @@ void payload(uint32_t start_info)
 	uint64_t n = number(cmdline, "n=", 1000);
 
 	sequential = number(cmdline, "seq", 0);
+	writing = number(cmdline, "write", 0);
 	if (!depth || depth > DEPTH || !size || size % 512 || n < depth || !find_device() || !start_device()) {
 		say("no device, or a bad command line\n");
 		leave(1);
 	}
 	sectors_each = size / 512;
-	blocks = *(volatile uint32_t *)(regs + VIRTIO_MMIO_CONFIG) / sectors_each;
+	blocks = (reg(VIRTIO_MMIO_CONFIG) | (uint64_t)reg(VIRTIO_MMIO_CONFIG + 4) << 32) / sectors_each;
+	fill_buffers((uint64_t)depth * size);
 	fill_descriptors(depth, size);
 	if (!blocks || !run(depth, depth * 8)) {        /* warm: every buffer touched, the loop awake */
 		say("a request failed\n");
@@ -224,5 +235,7 @@ void payload(uint32_t start_info)
 	if (!run(depth, n))
 		leave(1);
 	say(">");
+	while (number(cmdline, "stay", 0))
+		__asm__ volatile("pause");
 	leave(0);
 }
