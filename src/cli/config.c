@@ -362,7 +362,7 @@ static const struct option options[] = {
 	{ "initrd", NULL, 'i', "FILE", set_initrd, "initial RAM disk; several are joined" },
 	{ "module", NULL, 0, "FILE[,ARGS]", set_module, "Multiboot module; repeatable" },
 	{ "cmdline", "append", 'a', "TEXT", set_cmdline, "kernel command line" },
-	{ "disk", NULL, 'd', "FILE[,ro][,KEY=VAL]", set_disk, "raw image as a virtio disk; repeatable" },
+	{ "disk", NULL, 'd', "FILE[,ro][,KEY=VAL]", set_disk, "disk image: raw, or format=NAME; repeatable" },
 	{ "net", NULL, 'n', "user[,KEY=VAL]|none", set_net, "NAT (default); fwd=tcp:HOSTPORT:GUESTPORT, host=allow" },
 	{ "mem", NULL, 'm', "SIZE", set_mem, "guest memory (default 512M)" },
 	{ "cpus", "smp", 'c', "N", set_cpus, "virtual CPUs (default 1)" },
