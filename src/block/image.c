@@ -22,6 +22,7 @@
 static const struct format_ops *const formats[] = {
 	&raw_format,
 	&vdi_format,
+	&vhd_format,
 };
 
 /* ---- the table of formats ---- */
