@@ -656,18 +656,29 @@ static void vdi_link(struct image *i, struct alloc *a)
 	table_dirty(a->table);
 }
 
+/* The last place that is taken, where nothing is in it: what stays spare at the end is a leak. */
+static bool give_back_last(struct vdi *v)
+{
+	for (unsigned k = 0; k < v->spares; k++) {
+		if (v->spare[k] != v->next - 1)
+			continue;
+		v->spare[k] = v->spare[--v->spares];
+		v->next--;
+		return true;
+	}
+	return false;
+}
+
 static void vdi_drop(struct image *i, struct alloc *a)
 {
 	struct vdi *v = i->priv;
 	uint32_t place = end_alloc(v, a);
 
 	v->blank_from = MAX(v->blank_from, place_pos(v, (uint64_t)place + a->count));
-	if (place + a->count == v->next) {
-		v->next = place;
-		return;
-	}
 	for (uint32_t k = 0; k < a->count && v->spares < SPARES; k++)
 		v->spare[v->spares++] = place + k;
+	while (give_back_last(v))
+		;
 }
 
 /* ---- zeroes ---- */

@@ -303,6 +303,14 @@ START_TEST(test_images_made_here_are_clean_and_read_the_same_in_qemu)
 		same_as_model(size);
 		close_image();
 		qemu_agrees(size);
+		if (size < MIB)
+			continue;
+		ck_assert_int_eq(sh("qemu-io -f vdi -c 'write -P 9 700k 3M' %s >/dev/null", path), 0);
+		memset(model + 700 * 1024, 9, 3 * MIB);
+		open_image(false);
+		same_as_model(size);
+		check_is_clean();
+		close_image();
 	}
 	finish();
 }
@@ -740,6 +748,18 @@ static void pack_map(uint32_t blocks)
 	close(fd);
 }
 
+/* Whatever is cut off of a change that moves data about: it is all there. */
+static void all_prefixes_have(int from, uint64_t size)
+{
+	for (unsigned n = 0; n <= tape.n; n++) {
+		make_prefix(from, n, UINT32_MAX);
+		prefix_is_sound();
+		ck_assert_int_eq(try_open(other, true, false), 0);
+		same_as_model(size);
+		close_image();
+	}
+}
+
 static void resize_killed(uint64_t size, uint64_t to, unsigned writes)
 {
 	int from;
@@ -758,14 +778,14 @@ static void resize_killed(uint64_t size, uint64_t to, unsigned writes)
 	ck_assert_uint_eq(image_size(img), to);
 	same_as_model(to);
 	check_is_clean();
+	close_image();
+	all_prefixes_have(from, size);
+	open_image(false);
 	for (unsigned k = 0; k < 20; k++)
 		random_write(to, 30000);
 	same_as_model(to);
+	check_is_clean();
 	close_image();
-	for (unsigned n = 0; n <= tape.n; n++) {
-		make_prefix(from, n, UINT32_MAX);
-		prefix_is_sound();
-	}
 	close(from);
 	wipe_tape();
 }
@@ -1174,6 +1194,39 @@ START_TEST(test_duplicates_stop_changes_and_cannot_be_mended)
 }
 END_TEST
 
+START_TEST(test_mending_of_leaks_survives_a_kill)
+{
+	uint64_t size = 300 * 4096;
+	struct image_check c;
+	int from;
+
+	start();
+	create(size, 4096, false);
+	open_image(false);
+	for (unsigned k = 0; k < 120; k++)
+		random_write(size, 20000);
+	close_image();
+	for (unsigned k = 0; k < 60; k++) {
+		unsigned block = rnd(300);
+
+		poke32(4096 + 4 * block, 0xffffffff);
+		memset(model + block * 4096, 0, 4096);
+	}
+	ck_assert_msg(!try_open(path, false, true), "%s", err.msg);
+	from = keep_copy();
+	tape.on = true;
+	check_with(REPAIR_LEAKS, &c);
+	tape.on = false;
+	ck_assert(c.leaks > 20 && c.fixed_leaks == c.leaks && c.corruptions == 0);
+	check_is_clean();
+	same_as_model(size);
+	close_image();
+	all_prefixes_have(from, size);
+	close(from);
+	finish();
+}
+END_TEST
+
 START_TEST(test_full_disk_uses_the_places_that_a_kill_left)
 {
 	start();
@@ -1305,5 +1358,6 @@ UNIT_MAIN("vdi", test_images_made_by_qemu_read_the_same, test_images_made_here_a
 	test_creation_says_what_it_does_not_take, test_ten_terabytes_are_not_held_in_memory, test_check_finds_and_mends_leaks,
 	test_check_finds_and_mends_a_count_that_is_too_low_or_too_high, test_check_mends_entries_past_the_end_of_the_file,
 	test_duplicates_stop_changes_and_cannot_be_mended, test_full_disk_uses_the_places_that_a_kill_left,
+	test_mending_of_leaks_survives_a_kill,
 	test_hostile_headers_are_refused_with_what_was_found, test_truncated_files_are_refused,
 	test_formats_are_listed_and_guessed)
