@@ -203,7 +203,7 @@ struct image {
 	void *z_data;                   /* NULL: none yet */
 	bool z_valid;
 	enum image_want want;           /* with -EAGAIN: what to do before the next try */
-	struct table *want_table;       /* WANT_TABLE: fill its iov from its offset, then table_loaded() */
+	struct table *want_table;       /* WANT_TABLE: fill its iov from its offset in its file, then table_loaded() */
 	struct log_limit limit;
 };
 
@@ -231,10 +231,11 @@ int  meta_hole(const struct host_file *f, uint64_t off, uint64_t len);          
 int  meta_sync(const struct host_file *f);
 int  meta_punch(const struct host_file *f, uint64_t off, uint64_t len);         /* gives space back, where it can */
 
-/* ---- tables.c: a bounded cache of tables of one size ---- */
+/* ---- tables.c: a bounded cache of tables of one size, of one file ---- */
 
 struct table {
-	uint64_t off;                   /* host offset, a multiple of the size */
+	struct host_file *file;         /* the file it lies in */
+	uint64_t off;                   /* host offset in it, a multiple of the size */
 	void *data;                     /* size bytes, 4096-aligned where the size allows */
 	bool dirty;
 	/* tables.c */
@@ -248,6 +249,8 @@ struct table {
 
 struct tables;
 struct tables *tables_new(struct image *i, uint32_t size, unsigned most);       /* NULL: no memory. size: power of two, 512 or more */
+/* The same for tables that lie in another file of the image. Only read: plans go to image->file. */
+struct tables *tables_new_file(struct image *i, struct host_file *f, uint32_t size, unsigned most);
 void tables_free(struct tables *t);                     /* dirty ones are lost; NULL is fine */
 /*
  * 0 and *ret; -EAGAIN; or the error of the read. Past the end of the file are zeroes. The four tables got or made

@@ -1,5 +1,5 @@
 /*
- * A bounded cache of an image's metadata tables, all of one size.
+ * A bounded cache of an image's metadata tables, all of one size and in one file.
  *
  * How this works. Tables are found by their host offset in a hash and stand in one list by age. A table that is
  * clean and not pinned may be given up for another. Where all are dirty, a plan must run first. A read from the page cache is done
@@ -28,6 +28,7 @@ struct slot {
 
 struct tables {
 	struct image *image;
+	struct host_file *file;
 	uint32_t size;
 	unsigned count, most, dirty;
 	struct table *hash[HASH_SIZE];
@@ -39,13 +40,18 @@ static struct slot *slot_of(struct table *t)
 	return container_of(t, struct slot, t);
 }
 
-struct tables *tables_new(struct image *i, uint32_t size, unsigned most)
+struct tables *tables_new_file(struct image *i, struct host_file *f, uint32_t size, unsigned most)
 {
 	struct tables *t = calloc(1, sizeof(*t));
 
 	if (t)
-		*t = (struct tables){ .image = i, .size = size, .most = MAX(most, LEAST) };
+		*t = (struct tables){ .image = i, .file = f, .size = size, .most = MAX(most, LEAST) };
 	return t;
+}
+
+struct tables *tables_new(struct image *i, uint32_t size, unsigned most)
+{
+	return tables_new_file(i, &i->file, size, most);
 }
 
 static struct table **hash_place(struct tables *t, uint64_t off)
@@ -115,6 +121,7 @@ static struct table *new_table(struct tables *t)
 		return NULL;
 	}
 	s->t.owner = t;
+	s->t.file = t->file;
 	t->count++;
 	return &s->t;
 }
@@ -190,7 +197,7 @@ static uint64_t read_at(const struct table *e)
 
 static int start_read(struct tables *t, struct table *e)
 {
-	struct host_file *f = &t->image->file;
+	struct host_file *f = e->file;
 	ssize_t n;
 
 	e->iov = (struct iovec){ e->data, t->size };
