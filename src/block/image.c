@@ -23,6 +23,7 @@ static const struct format_ops *const formats[] = {
 	&raw_format,
 	&vdi_format,
 	&vhd_format,
+	&vmdk_format,
 };
 
 /* ---- the table of formats ---- */
