@@ -24,6 +24,7 @@ static const struct format_ops *const formats[] = {
 	&vdi_format,
 	&vhd_format,
 	&vmdk_format,
+	&vhdx_format,
 };
 
 /* ---- the table of formats ---- */
