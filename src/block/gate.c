@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "format.h"
+#include "splitmix.h"
 #include "vmm/cleanup.h"
 #include "vmm/error.h"
 #include "vmm/facts.h"
@@ -124,16 +125,6 @@ struct gate {
 static void tally(_Atomic uint64_t *n)
 {
 	atomic_fetch_add_explicit(n, 1, memory_order_relaxed);
-}
-
-/* splitmix64 (Steele, Lea, Flood 2014) */
-static uint64_t draw(uint64_t *state)
-{
-	uint64_t z = *state += 0x9e3779b97f4a7c15ull;
-
-	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-	z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-	return z ^ z >> 31;
 }
 
 /* ---- keys; main thread ---- */
@@ -638,7 +629,7 @@ void gate_leave(struct gate *g, struct blk_req *r, int err, bool durable)
 /* Leave a prefix: at least one sector less than all. False: that is nothing. */
 static bool tear(struct gate *g, struct blk_req *r)
 {
-	uint64_t keep = draw(&g->random) % MAX(r->len / SECTOR, 1) * SECTOR, left = keep;
+	uint64_t keep = splitmix(&g->random) % MAX(r->len / SECTOR, 1) * SECTOR, left = keep;
 	unsigned i;
 
 	if (!keep)
@@ -706,7 +697,7 @@ static void wait(struct gate *g, struct held *h)
 	uint64_t ns = h->fate == F_TIMEOUT ? g->timeout_ns : least;
 
 	if (h->fate != F_TIMEOUT && most > least)
-		ns += draw(&g->random) % (most - least + 1);
+		ns += splitmix(&g->random) % (most - least + 1);
 	if (!ns || g->draining)
 		return meet_fate(g, h);
 	tally(&g->delayed);
@@ -816,7 +807,7 @@ static bool applies(struct gate *g, struct fault *f, const struct held *h)
 		return false;
 	if (h->kind != K_FLUSH && (f->last < first || f->first >= end))
 		return false;
-	return draw(&f->random) >> 11 < f->chance;
+	return splitmix(&f->random) >> 11 < f->chance;
 }
 
 /* Every fault that could apply draws, so that one's chance does not depend on another. */
