@@ -97,6 +97,14 @@ bool image_can_create(const char *format);
 /* What the first bytes look like, "raw" where like nothing: to tell a person, never to choose how to write. */
 const char *image_guess(const void *head, size_t n);
 
+/*
+ * What opens a backing file where there is no opener; for one that keeps the same rules. dir: "allow": below the directory
+ * of first_path, the first image of the chain, or a directory. name: as the image at path from spells it. first: a descriptor
+ * of the first image, whose owner could read the file anyway, or everybody may. A descriptor (read-only, O_CLOEXEC) or -errno.
+ */
+int  image_open_backing_file(const char *dir, const char *name, const char *from, const char *first_path, int first,
+	struct error *err);
+
 int  image_open(struct image **ret, const char *path, const struct image_how *how, struct error *err);
 /* Writes out all metadata first. -errno where that failed; the image is gone either way. NULL is fine. */
 int  image_close(struct image *i);

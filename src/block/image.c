@@ -163,16 +163,37 @@ static int open_below(const char *dir, const char *name, const char *from, struc
 }
 
 /* A chain shows its guest what the first image's owner could read anyway, or what everybody may. */
-static int check_owner(int fd, const struct image *above, struct error *err)
+static int check_owner(int fd, int first, const char *name, struct error *err)
 {
 	struct stat st, own;
 
-	if (fstat(fd, &st) || fstat(above->file.fd, &own))
+	if (fstat(fd, &st) || fstat(first, &own))
 		return error_errno(err, errno, "cannot look at its backing file");
 	if (st.st_uid != own.st_uid && !(st.st_mode & S_IROTH))
 		return error_set(err, EACCES, "its backing file '%s' belongs to another user and is not readable by all",
-			above->backing_name);
+			name);
 	return 0;
+}
+
+int image_open_backing_file(const char *dir, const char *name, const char *from, const char *first_path, int first,
+	struct error *err)
+{
+	char own[PATH_MAX];
+	int fd, r;
+
+	if (has_scheme(name))
+		return error_set(err, EINVAL, "its backing file '%s' is not a plain file name", name);
+	if (!strcmp(dir, "allow")) {
+		r = directory_of(first_path, own);
+		if (r)
+			return error_errno(err, -r, "cannot find the directory of '%s'", first_path);
+		dir = own;
+	}
+	fd = open_below(dir, name, from, err);
+	r = fd < 0 ? fd : check_owner(fd, first, name, err);
+	if (r && fd >= 0)
+		close(fd);
+	return r ? r : fd;
 }
 
 static int check_loop(int fd, struct image *const *chain, unsigned n, struct error *err)
@@ -191,6 +212,16 @@ static int check_loop(int fd, struct image *const *chain, unsigned n, struct err
 
 static int open_one(struct image **ret, const char *path, const struct image_how *how, struct error *err);
 
+/* A backing file is named from where the image lies that names it. In words only: a sandboxed tool cannot look. */
+static char *beside(const char *from, const char *name)
+{
+	const char *slash = strrchr(from, '/');
+	int n = *name == '/' || !slash ? 0 : (int)(slash - from + 1);
+	char *path;
+
+	return asprintf(&path, "%.*s%s", n, from, name) < 0 ? NULL : path;
+}
+
 /* The next image of the chain, 0 with *ret NULL where there is none. */
 static int open_backing(struct image **ret, struct image *const *chain, unsigned n, const struct image_how *how,
 	struct error *err)
@@ -199,6 +230,7 @@ static int open_backing(struct image **ret, struct image *const *chain, unsigned
 	const char *name = i->backing_name, *format = i->backing_format;
 	struct image_how next = { .format = format, .readonly = true, .direct = how->direct, .share = how->share,
 		.backing_dir = how->backing_dir, .opener = how->opener };
+	auto_free char *path = NULL;
 	int fd, r;
 
 	*ret = NULL;
@@ -210,39 +242,22 @@ static int open_backing(struct image **ret, struct image *const *chain, unsigned
 	if (!format)
 		return error_set(err, EINVAL, "'%s' does not say which format its backing file '%s' has: "
 			"'vmm disk rebase -u -b %s -F FORMAT %s' says it", i->path, name, name, i->path);
-	if (has_scheme(name))
-		return error_set(err, EINVAL, "'%s': its backing file '%s' is not a plain file name", i->path, name);
-	if (how->opener) {
-		fd = how->opener->open(how->opener, name, i->path, err);
-	} else {
-		char dir[PATH_MAX];
-
-		fd = strcmp(how->backing_dir, "allow") ? 0 : directory_of(chain[0]->path, dir);
-		fd = fd ? error_errno(err, -fd, "cannot find the directory of '%s'", chain[0]->path)
-			: open_below(strcmp(how->backing_dir, "allow") ? how->backing_dir : dir, name, i->path, err);
-	}
-	if (fd < 0) {
-		error_prefix(err, "'%s': ", i->path);
-		return fd;
-	}
-	r = how->opener ? 0 : check_owner(fd, i, err);
-	r = r ? r : check_loop(fd, chain, n, err);
+	fd = how->opener ? how->opener->open(how->opener, name, i->path, err)
+			 : image_open_backing_file(how->backing_dir, name, i->path, chain[0]->path, chain[0]->file.fd, err);
+	r = fd < 0 ? fd : check_loop(fd, chain, n, err);
 	if (r) {
 		error_prefix(err, "'%s': ", i->path);
-		close(fd);
+		if (fd >= 0)
+			close(fd);
 		return r;
 	}
 	next.fd = fd;
-	{
-		char dir[PATH_MAX], path[PATH_MAX * 2];
-
-		/* Its own backing file is named from where it lies itself. */
-		if (*name == '/' || directory_of(i->path, dir))
-			snprintf(path, sizeof(path), "%s", name);
-		else
-			snprintf(path, sizeof(path), "%s/%s", dir, name);
-		return open_one(ret, path, &next, err);
+	path = beside(i->path, name);
+	if (!path) {
+		close(fd);
+		return error_set(err, ENOMEM, "out of memory");
 	}
+	return open_one(ret, path, &next, err);
 }
 
 static int open_one(struct image **ret, const char *path, const struct image_how *how, struct error *err)
