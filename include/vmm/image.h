@@ -11,6 +11,7 @@
 #include <stdint.h>
 struct error;
 struct facts;
+struct host_file;
 struct image;
 
 #define IMAGE_SIZE_MAX (64ull << 40)    /* largest guest size of any format: 64 TiB */
@@ -62,10 +63,27 @@ enum extent_kind {
 
 /* One stretch as image_status() sees it through the chain. */
 struct image_status {
-	enum extent_kind kind;          /* EXT_HOLE: no image of the chain has it */
+	enum extent_kind kind;          /* EXT_HOLE: no image of the chain has it; a hole of the file is EXT_ZERO */
 	unsigned depth;                 /* which image: 0 the first, 1 its backing … */
 	uint64_t len;                   /* bytes from the offset asked for that this holds for */
 	uint64_t host;                  /* EXT_DATA, EXT_COMPRESSED: offset in that image's file */
+};
+
+/* The same for a thread that fetches the bytes itself: image_piece() says where they are, image_fetch() gets them. */
+struct image_piece {
+	enum extent_kind kind;
+	unsigned depth;
+	uint64_t len, host;             /* as in image_status; EXT_COMPRESSED: to the end of the cluster at most */
+	/* image.c's */
+	const struct image *owner;
+	struct host_file *file;
+	uint32_t csize, skip;
+};
+
+/* Buffers of a thread that fetches; zero-initialise. */
+struct image_scratch {
+	void *z, *cluster;
+	size_t z_room, cluster_room;
 };
 
 /* What a check found. */
@@ -126,6 +144,10 @@ int  image_zero(struct image *i, uint64_t off, uint64_t len, bool unmap);       
 int  image_discard(struct image *i, uint64_t off, uint64_t len);                /* whole clusters: space is given back */
 int  image_flush(struct image *i);                      /* everything so far is on the medium */
 int  image_status(struct image *i, uint64_t off, uint64_t len, struct image_status *s);
+int  image_piece(struct image *i, uint64_t off, uint64_t len, struct image_piece *p);
+/* The first len bytes of a piece, len <= p->len. Any thread, while the image is open and does not change. 0 or -errno. */
+int  image_fetch(const struct image_piece *p, struct image_scratch *s, void *buf, size_t len);
+void image_scratch_free(struct image_scratch *s);
 /* One whole cluster at off, compressed by the image's method; -EOPNOTSUPP; stored plainly where that is no longer. */
 int  image_write_compressed(struct image *i, const void *cluster, uint64_t off);
 

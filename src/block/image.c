@@ -501,7 +501,30 @@ int image_map(struct image *i, uint64_t off, uint64_t len, struct extent *e, str
 	}
 }
 
-int image_status(struct image *i, uint64_t off, uint64_t len, struct image_status *s)
+/* Where the file has a hole the host says so: it reads as zeroes. Else the stretch ends where a hole begins. */
+static void look_for_hole(struct extent *e, uint64_t len)
+{
+	int fd = e->file->meta_fd;
+	off_t next;
+
+	e->len = MIN(e->len, len);
+	if (e->file->blockdev || e->pos > INT64_MAX - e->len)
+		return;
+	next = lseek(fd, (off_t)e->pos, SEEK_DATA);
+	if (next < 0 && errno != ENXIO)
+		return;
+	if (next < 0 || (uint64_t)next > e->pos) {
+		e->kind = EXT_ZERO;
+		if (next >= 0)
+			e->len = MIN(e->len, (uint64_t)next - e->pos);
+		return;
+	}
+	next = lseek(fd, (off_t)e->pos, SEEK_HOLE);
+	if (next >= 0 && (uint64_t)next > e->pos)
+		e->len = MIN(e->len, (uint64_t)next - e->pos);
+}
+
+int image_piece(struct image *i, uint64_t off, uint64_t len, struct image_piece *p)
 {
 	struct image *owner;
 	struct extent e;
@@ -509,11 +532,68 @@ int image_status(struct image *i, uint64_t off, uint64_t len, struct image_statu
 
 	if (off >= i->size || !len)
 		return -EINVAL;
+	len = MIN(len, i->size - off);
 	r = image_map(i, off, len, &e, &owner);
+	if (r)
+		return r;
+	if (e.kind == EXT_DATA)
+		look_for_hole(&e, len);
+	*p = (struct image_piece){ .kind = e.kind, .depth = owner->depth - i->depth, .len = MIN(e.len, len), .host = e.pos,
+		.owner = owner, .file = e.file, .csize = e.csize, .skip = e.skip };
+	return 0;
+}
+
+int image_status(struct image *i, uint64_t off, uint64_t len, struct image_status *s)
+{
+	struct image_piece p;
+	int r = image_piece(i, off, len, &p);
+
 	if (!r)
-		*s = (struct image_status){ .kind = e.kind, .len = MIN(e.len, len), .host = e.pos,
-			.depth = owner->depth - i->depth };
+		*s = (struct image_status){ .kind = p.kind, .len = p.len, .host = p.host, .depth = p.depth };
 	return r;
+}
+
+static int have_room(void **buf, size_t *room, size_t len)
+{
+	if (len <= *room)
+		return 0;
+	free(*buf);
+	*buf = malloc(len);
+	*room = *buf ? len : 0;
+	return *buf ? 0 : -ENOMEM;
+}
+
+int image_fetch(const struct image_piece *p, struct image_scratch *s, void *buf, size_t len)
+{
+	const struct image *i = p->owner;
+	bool whole = !p->skip && len == i->cluster;
+	int r;
+
+	if (p->kind == EXT_DATA)
+		return meta_read(p->file, buf, len, p->host);
+	if (p->kind != EXT_COMPRESSED) {
+		memset(buf, 0, len);
+		return 0;
+	}
+	r = have_room(&s->z, &s->z_room, p->csize);
+	if (!r)
+		r = meta_read(p->file, s->z, p->csize, p->host);
+	if (!r && whole)
+		return i->fmt->decompress(i, s->z, p->csize, buf);
+	if (!r)
+		r = have_room(&s->cluster, &s->cluster_room, i->cluster);
+	if (!r)
+		r = i->fmt->decompress(i, s->z, p->csize, s->cluster);
+	if (!r)
+		memcpy(buf, (uint8_t *)s->cluster + p->skip, len);
+	return r;
+}
+
+void image_scratch_free(struct image_scratch *s)
+{
+	free(s->z);
+	free(s->cluster);
+	*s = (struct image_scratch){ 0 };
 }
 
 /* ---- reading ---- */
