@@ -106,7 +106,7 @@ static unsigned sort_rules(const struct call_rule **sorted, const struct call_ru
 	return n;
 }
 
-static void build(struct program *p)
+static void build(struct program *p, enum filter_of which)
 {
 	const struct sock_filter load_arch = ARG_AT(offsetof(struct seccomp_data, arch));
 	const struct sock_filter load_nr = ARG_AT(offsetof(struct seccomp_data, nr));
@@ -114,7 +114,7 @@ static void build(struct program *p)
 	uint32_t audit_arch;
 	unsigned n;
 
-	rule = arch_call_rules(&n, &audit_arch);
+	rule = arch_call_rules(which == FILTER_TOOL, &n, &audit_arch);
 	emit(p, load_arch);
 	emit_jump(p, BPF_JEQ, audit_arch, 1, 0);
 	emit_verdict(p, p->otherwise);
@@ -123,13 +123,13 @@ static void build(struct program *p)
 	emit_tree(p, sorted, sort_rules(sorted, rule + 1, n - 1));
 }
 
-int filter_load(bool log)
+int filter_load(enum filter_of which, bool log)
 {
 	struct program p = { .otherwise = log ? SECCOMP_RET_LOG : SECCOMP_RET_KILL_PROCESS };
 	struct sock_fprog prog = { .filter = p.code };
 	long r;
 
-	build(&p);
+	build(&p, which);
 	prog.len = (unsigned short)p.n;
 	r = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &prog);
 	return r < 0 ? -errno : r ? -EBUSY : 0; /* positive: the thread that could not follow */

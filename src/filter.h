@@ -1,7 +1,7 @@
 #ifndef FILTER_H
 #define FILTER_H
 /*
- * The system-call filter of a running VM: what it may call is written down here and, for what only one CPU's
+ * The system-call filter of a running VM, and of a tool that reads images: what they may call is written down here and, for what only one CPU's
  * Linux has, in src/arch/<cpu>/filter.c; filter.c makes the program. All else kills the process.
  */
 #include <linux/filter.h>
@@ -15,11 +15,13 @@ struct call_rule {
 	const struct sock_filter *test; /* n instructions; falling off the end: no */
 };
 
+enum filter_of { FILTER_VM, FILTER_TOOL };
+
 /*
- * Filter the calls of all threads from now on; log: let through and report what would be killed. The threads
+ * Filter the calls of all threads from now on, a running VM's or an image tool's; log: let through and report what would be killed. The threads
  * have no_new_privs. 0 or -errno. Main thread.
  */
-int filter_load(bool log);
+int filter_load(enum filter_of which, bool log);
 
 /* ---- words for tables of rules ---- */
 
@@ -46,15 +48,25 @@ int filter_load(bool log);
 
 /* ---- the calls that Linux has on every CPU; nothing here opens, connects, executes or finds by name ---- */
 
-/* devices, disks and chardevs: data on descriptors opened before */
-#define DATA_CALLS                                                                                 \
+/* files: data on descriptors opened before */
+#define FILE_CALLS                                                                                 \
 	CALL(read), CALL(write), CALL(readv), CALL(writev), CALL(pread64), CALL(pwrite64),         \
 	CALL(preadv), CALL(pwritev), CALL(preadv2), CALL(pwritev2), CALL(fsync), CALL(fdatasync),  \
 	CALL(fallocate), CALL(ftruncate), CALL(lseek), CALL(close), CALL(fstat), CALL(sendmsg), CALL(recvmsg),      \
-	CALL(sendmmsg), CALL(recvmmsg), CALL(recvfrom), CALL(accept4), CALL(shutdown),             \
+	CALL_IF(newfstatat, ARG(3), IS(AT_EMPTY_PATH))
+
+/* devices, disks and chardevs */
+#define DATA_CALLS                                                                                 \
+	FILE_CALLS, CALL(sendmmsg), CALL(recvmmsg), CALL(recvfrom), CALL(accept4), CALL(shutdown), \
 	CALL_IF(sendto, IS_NULL(4)),                                                               \
-	CALL_IF(newfstatat, ARG(3), IS(AT_EMPTY_PATH)),                                            \
 	CALL_IF(fcntl, ARG(1), IS(F_GETFD), IS(F_GETFL))
+
+/* an image tool: also the size of a file, what it lies on, and image locks */
+#define TOOL_CALLS                                                                                 \
+	FILE_CALLS, CALL(fstatfs), CALL(futex), CALL(clock_gettime),              \
+	CALL(clock_nanosleep), CALL(sched_yield), CALL(getrandom), CALL(exit_group),               \
+	CALL_IF(statx, ARG(2), IS(AT_EMPTY_PATH)),                                                 \
+	CALL_IF(fcntl, ARG(1), IS(F_GETFD), IS(F_GETFL), IS(F_OFD_SETLK), IS(F_OFD_GETLK))
 
 /* the loops, and main's wait */
 #define LOOP_CALLS                                                                                 \
@@ -92,4 +104,8 @@ int filter_load(bool log);
 	IS(KVM_IRQFD), IS(KVM_IRQ_LINE), IS(KVM_IOEVENTFD), IS(KVM_SET_GSI_ROUTING),               \
 	IS(KVM_GET_MP_STATE), IS(KVM_SET_MP_STATE), IS(KVM_GET_VCPU_EVENTS),                       \
 	IS(KVM_SET_VCPU_EVENTS), IS(TCGETS), IS(TCSETS), IS(TIOCGWINSZ), IS(BLKDISCARD)
+
+/* of an image tool: what a block device is, and discard on it */
+#define TOOL_REQUESTS                                                                              \
+	IS(BLKGETSIZE64), IS(BLKPBSZGET), IS(BLKSSZGET), IS(BLKDISCARD), IS(TCGETS)
 #endif

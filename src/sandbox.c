@@ -157,9 +157,24 @@ int sandbox_enter(struct vm *vm, struct error *err)
 		close(TAKE_FD(rules));
 	if (r)
 		return r;
-	r = filter_load(mode == SANDBOX_LOG);
+	r = filter_load(FILTER_VM, mode == SANDBOX_LOG);
 	if (r)
 		return error_errno(err, -r, "sandbox: cannot load the system-call filter "
 			"(--sandbox off runs without)");
 	return 0;
+}
+
+int sandbox_tool(enum sandbox_mode m, struct error *err)
+{
+	int r = sandbox_prepare(m, err);
+
+	if (r || m == SANDBOX_OFF)
+		return r;
+	r = confine_main(err);
+	if (rules >= 0)
+		close(TAKE_FD(rules));
+	if (r)
+		return r;
+	r = filter_load(FILTER_TOOL, m == SANDBOX_LOG);
+	return r ? error_errno(err, -r, "sandbox: cannot load the system-call filter (--sandbox off runs without)") : 0;
 }

@@ -30,8 +30,8 @@ struct arch_probe {
 };
 int arch_probe(int kvm_fd, struct arch_probe *out, struct error *err);
 
-/* filter.c: the n calls a running VM may make (src/filter.h), ioctl first; audit_arch: AUDIT_ARCH_*. */
-const struct call_rule *arch_call_rules(unsigned *n, uint32_t *audit_arch);
+/* filter.c: the n calls a running VM, or an image tool, may make (src/filter.h), ioctl first; audit_arch: AUDIT_ARCH_*. */
+const struct call_rule *arch_call_rules(bool tool, unsigned *n, uint32_t *audit_arch);
 
 /* platform.c; main thread. */
 int  arch_vm_init(struct vm *vm, struct error *err);            /* after KVM_CREATE_VM: irqchip, PIT, TSS; allocates vm->platform */

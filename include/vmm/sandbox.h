@@ -32,4 +32,11 @@ void sandbox_thread(void);
  * all threads that kills the process. 0 or -errno with words.
  */
 int sandbox_enter(struct vm *vm, struct error *err);
+
+/*
+ * The same for a process that reads images for a tool and has everything open that it needs: it keeps its
+ * descriptors and can lock, read, write and size them, make threads, and exchange messages on sockets it has. The only
+ * thread of the process. 0 or -errno with words.
+ */
+int sandbox_tool(enum sandbox_mode mode, struct error *err);
 #endif

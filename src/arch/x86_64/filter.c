@@ -1,4 +1,4 @@
-/* What a running VM may ask of the kernel: src/filter.h, and what only x86-64 has. */
+/* What a running VM, or an image tool, may ask of the kernel: src/filter.h, and what only x86-64 has. */
 #include "filter.h"
 #include <asm/termbits.h>
 #include <asm/unistd.h>
@@ -33,9 +33,17 @@ static const struct call_rule rules[] = {
 	CALL(epoll_wait), CALL(poll), CALL(time),       /* libc's, where the generic one is another */
 };
 
-const struct call_rule *arch_call_rules(unsigned *n, uint32_t *audit_arch)
+static const struct call_rule tool_rules[] = {
+	CALL_IF(ioctl, ARG(1), TOOL_REQUESTS),
+	TOOL_CALLS,
+	MEMORY_CALLS,
+	THREAD_CALLS,
+	SIGNAL_CALLS,
+};
+
+const struct call_rule *arch_call_rules(bool tool, unsigned *n, uint32_t *audit_arch)
 {
-	*n = ARRAY_LEN(rules);
+	*n = tool ? ARRAY_LEN(tool_rules) : ARRAY_LEN(rules);
 	*audit_arch = AUDIT_ARCH_X86_64;
-	return rules;
+	return tool ? tool_rules : rules;
 }
