@@ -96,6 +96,12 @@ struct facts *facts_item(struct facts *f, const char *key)
 	return (struct facts *)child;
 }
 
+void facts_each(struct facts *f, void (*fn)(void *arg, const char *key, const char *text), void *arg)
+{
+	json_object_object_foreach(json(f), key, val)
+		fn(arg, key, val ? json_object_get_string(val) : "");
+}
+
 struct facts *facts_new(void)
 {
 	return (struct facts *)json_object_new_object();

@@ -13,6 +13,9 @@ void facts_str(struct facts *f, const char *key, const char *val);      /* NULL:
 struct facts *facts_object(struct facts *f, const char *key);           /* a child; freed with its parent */
 struct facts *facts_item(struct facts *f, const char *key);             /* a new object at the end of list key */
 
+/* Each member in the order they were added: a string as it is, all else as JSON. */
+void facts_each(struct facts *f, void (*fn)(void *arg, const char *key, const char *text), void *arg);
+
 struct facts *facts_new(void);
 char *facts_text(struct facts *f);      /* the whole as JSON, one line; free() it */
 void facts_free(struct facts *f);       /* the root */
