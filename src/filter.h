@@ -64,7 +64,7 @@ int filter_load(enum filter_of which, bool log);
 /* an image tool: also the size of a file, what it lies on, and image locks */
 #define TOOL_CALLS                                                                                 \
 	FILE_CALLS, CALL(fstatfs), CALL(futex), CALL(clock_gettime),              \
-	CALL(clock_nanosleep), CALL(sched_yield), CALL(getrandom), CALL(exit_group),               \
+	CALL(clock_nanosleep), CALL(sched_yield), CALL(getrandom), CALL(exit_group), CALL(dup),    \
 	CALL_IF(statx, ARG(2), IS(AT_EMPTY_PATH)),                                                 \
 	CALL_IF(fcntl, ARG(1), IS(F_GETFD), IS(F_GETFL), IS(F_OFD_SETLK), IS(F_OFD_GETLK))
 
