@@ -37,6 +37,7 @@ static const struct {
 	int (*fn)(int argc, char **argv);       /* argv past the name */
 } commands[] = {
 	{ "run", cmd_run },
+	{ "disk", cmd_disk },
 	{ "doctor", cmd_doctor },
 	{ "help", cmd_help },
 	{ "version", cmd_version },
@@ -72,7 +73,7 @@ int cli_main(int argc, char **argv)
 		if (!strcmp(argv[1], commands[i].name))
 			return commands[i].fn(argc - 2, argv + 2);
 	if (argv[1][0] != '-') {
-		log_error("unknown command '%s': expected run, doctor, help or version, or options (vmm --help)",
+		log_error("unknown command '%s': expected run, disk, doctor, help or version, or options (vmm --help)",
 			argv[1]);
 		return 125;
 	}

@@ -4,5 +4,6 @@
 int cli_main(int argc, char **argv);
 
 int cmd_run(int argc, char **argv);
+int cmd_disk(int argc, char **argv);
 int cmd_doctor(int argc, char **argv);
 #endif
