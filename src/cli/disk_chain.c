@@ -124,13 +124,13 @@ static void take_over(void *arg, const char *key, const char *text)
 {
 	struct image_create *c = arg;
 
-	if (!strcmp(key, "compat"))
-		c->version = !strcmp(text, "0.10") ? 2 : 3;
-	else if (!strcmp(key, "refcount-bits"))
+	if (!strcmp(key, "version"))
+		c->version = (unsigned)strtoul(text, NULL, 10);
+	else if (!strcmp(key, "refcount_bits"))
 		c->refcount_bits = (unsigned)strtoul(text, NULL, 10);
-	else if (!strcmp(key, "extended-l2"))
+	else if (!strcmp(key, "extended_l2"))
 		c->extended_l2 = !strcmp(text, "true");
-	else if (!strcmp(key, "compression-type"))
+	else if (!strcmp(key, "compression_type"))
 		c->zstd = !strcmp(text, "zstd");
 }
 

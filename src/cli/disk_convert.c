@@ -24,6 +24,7 @@
 
 #define CHUNK       (256ull << 10)      /* stays in the cache of a CPU from read to write */
 #define CHUNK_MOST  (2ull << 20)
+#define UNIT_MOST   (64u << 10)
 #define THREADS     16
 
 struct conversion {
@@ -132,7 +133,8 @@ static int choose(struct conversion *v, struct error *err)
 	if (a->compress && cluster > CHUNK_MOST)
 		return error_set(err, EOPNOTSUPP, "-c: clusters of more than 2M");
 	v->chunk = MIN(MAX(CHUNK, cluster), CHUNK_MOST);
-	v->unit = a->sparse ? MAX(a->sparse, MIN(cluster, CHUNK_MOST)) : 0;
+	/* A cluster is written whole, unless it is so large that what stays a hole in the file is worth it. */
+	v->unit = a->sparse ? MAX(a->sparse, MIN(cluster, UNIT_MOST)) : 0;
 	how.room = v->chunk;
 	how.unit = v->unit;
 	how.raw_fd = v->raw ? a->file[a->nr - 1].fd : -1;
@@ -147,6 +149,13 @@ static int put_zeroes(struct conversion *v, uint64_t off, uint64_t len)
 	return v->blank || !len ? 0 : image_zero(v->dst, off, len, true);
 }
 
+static bool all_zero(const struct conversion *v, const struct crew_job *j, uint64_t at, uint64_t end)
+{
+	while (at < end && j->zero[at / v->unit])
+		at = (at / v->unit + 1) * v->unit;
+	return at >= end;
+}
+
 static int put_compressed(struct conversion *v, struct crew_job *j)
 {
 	uint32_t cluster = image_cluster(v->dst);
@@ -155,7 +164,7 @@ static int put_compressed(struct conversion *v, struct crew_job *j)
 
 	memset(j->buf + j->len, 0, end - j->len);
 	for (uint64_t at = 0; !r && at < end; at += cluster) {
-		if (v->unit && j->zero[at / v->unit])
+		if (v->unit && all_zero(v, j, at, MIN(at + cluster, j->len)))
 			r = put_zeroes(v, j->off + at, MIN(cluster, j->len - at));
 		else
 			r = image_write_compressed(v->dst, j->buf + at, j->off + at);
