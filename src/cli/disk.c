@@ -4,6 +4,7 @@
 #include <string.h>
 #include "cli.h"
 #include "disk.h"
+#include "replay.h"
 #include "vmm/cleanup.h"
 #include "vmm/error.h"
 #include "vmm/log.h"
@@ -122,7 +123,7 @@ static const struct disk_command commands[] = {
 		OPTIONS(rebase_options), .least = 1, .most = 1, .prepare = rebase_prepare, .work = rebase_work },
 	{ .name = "map", .usage = "FILE", .words = "Where the data of a disk lies.", OPTIONS(map_options), .least = 1, .most = 1,
 		.memory = LOOK_MEMORY, .cpu_seconds = LOOK_SECONDS, .prepare = info_prepare, .work = map_work },
-	{ .name = "compare", .usage = "A B", .words = "Status: 0 the same, 1 they differ, 2 could not be done.",
+	{ .name = "compare", .usage = "A B", .words = "Whether two disks read the same. Status: 0 they do, 1 they differ, 2 could not be done.",
 		OPTIONS(compare_options), .least = 2, .most = 2, .failed = 2, .prepare = compare_prepare, .work = compare_work },
 	{ .name = "bench", .usage = "FILE", .words = "Time requests, one behind the other.", OPTIONS(bench_options),
 		.least = 1, .most = 1, .prepare = bench_prepare, .work = bench_work },
@@ -145,10 +146,9 @@ static void usage(FILE *f)
 {
 	fputs("usage: vmm disk COMMAND [OPTION]... FILE...\n\n", f);
 	for (size_t i = 0; i < ARRAY_LEN(commands); i++)
-		fprintf(f, "  %-9s %-48s%s\n", commands[i].name, commands[i].usage,
-			!strcmp(commands[i].name, "check") ? "status 0, 1, 2, 3, 63" :
-			!strcmp(commands[i].name, "compare") ? "status 0, 1, 2" : "");
-	fputs("  formats\n\n"
+		fprintf(f, "  %-9s %.*s\n", commands[i].name, (int)strcspn(commands[i].words, ".:(;"), commands[i].words);
+	fputs("  replay    Disks that a power cut could have left, from the log of --disk FILE,log=FILE\n"
+		"  formats   Each format, and what can be done with its images\n\n"
 		"'vmm disk COMMAND --help' lists the options: those of qemu-img, where it has them.\n"
 		"A format is said with -f, never guessed; without -f it is raw, and refused if it looks like another one.\n"
 		"Backing files are read only with --backing=allow (beside the image) or --backing=DIR (below DIR).\n"
@@ -211,10 +211,12 @@ int cmd_disk(int argc, char **argv)
 	}
 	if (!strcmp(argv[0], "formats"))
 		return formats(argc - 1, argv + 1);
+	if (!strcmp(argv[0], "replay"))
+		return disk_replay(argc - 1, argv + 1);
 	for (size_t i = 0; i < ARRAY_LEN(commands); i++)
 		if (!strcmp(argv[0], commands[i].name))
 			return run(&commands[i], argc - 1, argv + 1);
 	log_error("disk: unknown command '%s': expected create, info, check, convert, resize, snapshot, commit, rebase, map, "
-		"compare, bench or formats", argv[0]);
+		"compare, bench, replay or formats", argv[0]);
 	return DISK_FAILED;
 }
