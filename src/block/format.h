@@ -196,6 +196,7 @@ struct image {
 	uint64_t size;                  /* guest bytes; multiple of 512 */
 	uint32_t cluster;               /* bytes allocated as one, a power of two; 0: the map is the identity (raw) */
 	bool corrupt;                   /* metadata made no sense once: every change fails with -EIO from then on */
+	bool marking;                   /* the next plan only says in the image that it is corrupt: gather() although corrupt */
 	bool gathering;                 /* a plan is being made or runs */
 	bool reclaimable;               /* another plan would give space back */
 	struct plan plan;               /* in a tool; empty in between */
