@@ -25,6 +25,7 @@ static const struct format_ops *const formats[] = {
 	&vhd_format,
 	&vmdk_format,
 	&vhdx_format,
+	&qcow2_format,
 };
 
 /* ---- the table of formats ---- */
@@ -836,7 +837,7 @@ int image_flush(struct image *i)
 	if (!i->fmt->gather)
 		return i->unsafe ? 0 : meta_sync(&i->file);
 	do
-		r = i->corrupt ? 0 : image_write_metadata(i);
+		r = i->corrupt && !i->marking ? 0 : image_write_metadata(i);
 	while (!r && i->reclaimable && !i->corrupt);
 	return r || i->unsafe ? r : meta_sync(&i->file);
 }

@@ -4,7 +4,8 @@
  * The qcow2 format, inside src/block.
  *
  *   qcow2.c           open, header, map, decompression
- *   qcow2_alloc.c     refcounts, allocation, discards, metadata on its way out, compressed clusters written
+ *   qcow2_refs.c      refcounts, clusters taken and given back, what is metadata
+ *   qcow2_alloc.c     L2 tables that change: writes, discards, compressed clusters; metadata on its way out
  *   qcow2_create.c    new images, preallocation
  *   qcow2_check.c     check and repair, resize, the backing file's name
  *   qcow2_snapshot.c  internal snapshots
@@ -75,14 +76,21 @@ struct qcow2_header {
 	uint8_t  padding[7];
 } __attribute__((packed));
 
+enum qcow2_stage {
+	FREE_NEW,                       /* unlinked in memory */
+	FREE_UNLINKING,                 /* that is in the plan that runs */
+	FREE_DURABLE,                   /* it ran; transfers may still be in flight */
+	FREE_READY,                     /* reclaim(): the next plan lowers the refcount */
+	FREE_LOWERING,                  /* that is in the plan that runs */
+};
+
 /* Clusters that nothing will refer to once the next plan ran, on their way to be free. One of them: one refcount less. */
 struct qcow2_free {
 	struct qcow2_free *next;
 	uint64_t first;                 /* index */
 	uint32_t n;                     /* all in one slice of a refcount block */
-	uint8_t  stage;                 /* qcow2_alloc.c */
+	uint8_t  stage;                 /* enum qcow2_stage */
 	bool     lowered;               /* the refcounts in memory are */
-	bool     punch;                 /* refcount 0 then: the space goes back to the host */
 	struct table *refs;             /* pinned until lowered */
 };
 
@@ -90,7 +98,9 @@ struct qcow2_free {
 struct qcow2_fresh {
 	struct qcow2_fresh *next;
 	uint64_t off;                   /* one cluster */
-	bool zeroed;                    /* the plan that runs zeroes it */
+	bool blank;                     /* but the file has zeroes */
+	bool sent;                      /* the plan that runs zeroes it */
+	uint64_t made[8];               /* slices that are in the cache: a bit each */
 };
 
 /* Host bytes that no data may be written to. */
@@ -99,6 +109,7 @@ struct qcow2_range {
 	const char *what;
 };
 #define QCOW2_RANGES 8
+#define QCOW2_FRESH  64         /* hash */
 
 struct qcow2 {
 	/* const after open, but for tools */
@@ -121,6 +132,7 @@ struct qcow2 {
 	uint64_t *l1_dirty;             /* a bit per 512 bytes of the table; l1_any: one is set */
 	uint64_t *l1_sent;              /* those in the plan that runs */
 	bool l1_any;
+	uint64_t *l1_checked;           /* a bit per entry: its table was looked at before it was changed */
 	uint64_t *rt;                   /* rt_n entries: all that fit h.refcount_clusters */
 	uint32_t rt_n;
 	uint64_t *rt_dirty, *rt_sent;
@@ -128,13 +140,15 @@ struct qcow2 {
 	bool rt_moved;                  /* a larger one: all of it is written, then the header */
 	bool rt_moving;                 /* that is in the plan that runs */
 	bool header_dirty, header_sent;
+	bool mark, mark_sent;           /* the header is to say that the image is corrupt */
 
 	struct tables *l2, *refs;
 	struct table *last;             /* pinned: the L2 slice used last, or NULL */
 	uint64_t last_first;            /* guest index of its first entry */
 	struct alloc *allocs;           /* in flight */
-	struct qcow2_fresh *fresh;
-	struct qcow2_free *frees, *spare;
+	struct qcow2_fresh *fresh[QCOW2_FRESH];
+	unsigned fresh_n;
+	struct qcow2_free *frees, *frees_last, *spare;
 	unsigned spare_n, spare_reserved;
 	unsigned lowering;              /* frees in a plan that lowers refcounts */
 	struct qcow2_free *dropped;     /* refcount 1, used by nobody, to be taken first */
@@ -174,8 +188,13 @@ void qcow2_header_to_disk(const struct qcow2_header *h, uint8_t out[QCOW2_HEAD])
 void qcow2_header_from_disk(const uint8_t in[QCOW2_HEAD], struct qcow2_header *h);
 /* Bytes of the header that are the header's own: 72 in version 2, at most QCOW2_HEAD that are written. */
 unsigned qcow2_header_written(const struct qcow2_header *h);
-/* Bytes of L2 table that slice number n of the table at l2_off begins with: *ret stays valid for four more. */
-int  qcow2_l2_slice(struct image *i, uint64_t l2_off, unsigned n, struct table **ret);
+/* Slice n (from 0) of the L2 table (of: q->l2) or refcount block (of: q->refs) at table_off; valid as tables_get() says. */
+int  qcow2_slice(struct image *i, struct tables *of, uint64_t table_off, unsigned n, struct table **ret);
+/* The slice that has the entry of guest index g, *t NULL where there is no L2 table; *at: the entry's number in it. */
+int  qcow2_find_slice(struct image *i, uint64_t g, struct table **t, unsigned *at);
+/* Does an L2 entry that is not compressed make sense? And what to say of one that does not: -EIO. */
+bool qcow2_sane(const struct qcow2 *q, uint64_t entry);
+int  qcow2_bad_entry(struct image *i, uint64_t g, uint64_t entry);
 /* Where the L2 table of an L1 index is: 0: none. -EIO where the entry makes no sense. */
 int  qcow2_l2_offset(struct image *i, uint64_t l1_index, uint64_t *l2_off);
 /* Forget the slice that map() remembers: before tables are forgotten, or the L1 table changes. */
@@ -199,9 +218,12 @@ static inline uint64_t qcow2_clusters(const struct qcow2 *q, uint64_t n)
 	return (n >> q->cluster_bits) + !!(n & (q->cluster - 1));
 }
 
-/* ---- qcow2_alloc.c ---- */
+/* ---- qcow2_refs.c ---- */
 
-/* What refcounts need in a writable image: check the refcount table, find the metadata. -EIO with words where it is refused. */
+/*
+ * What refcounts need in a writable image: check the refcount table, find the metadata. -EIO with words where it is refused.
+ * how NULL: a tool that looks at an image open read-only; then and with how->repair nothing is refused but refs_bad set.
+ */
 int  qcow2_refs_open(struct image *i, const struct image_how *how, struct error *err);
 void qcow2_refs_close(struct image *i);                 /* cuts the file to what is used */
 
@@ -228,18 +250,44 @@ int  qcow2_take_run(struct image *i, uint64_t n, uint64_t *first, bool *blank);
  */
 int  qcow2_free_later(struct image *i, uint64_t first, uint64_t n);
 
-/* Remember an L1 entry that was changed in q->l1: the next plan writes it. */
-void qcow2_l1_changed(struct qcow2 *q, uint64_t l1_index);
-/* The L2 table of an L1 index, made or copied where it is not there or not ours alone: it may be changed. */
-int  qcow2_l2_writable(struct image *i, uint64_t l1_index, uint64_t *l2_off);
-
 /* off is in a metadata cluster: what it is, or NULL. */
 const char *qcow2_metadata_at(const struct qcow2 *q, uint64_t off);
+void qcow2_metadata_add(struct qcow2 *q, uint64_t off);         /* one more L2 table */
 /* Tools: after the L1 table or the refcount table moved or grew, or snapshots changed: build the above anew. */
 int  qcow2_metadata_rebuild(struct image *i);
 /* Metadata makes no sense: as image_corrupt(), and the next plan says so in the header. */
 __attribute__((format(printf, 2, 3)))
 int  qcow2_corrupt(struct image *i, const char *fmt, ...);
+
+/* The table in the cluster at off reads as zeroes from now on; blank: in the file too. */
+int  qcow2_fresh_add(struct image *i, uint64_t off, bool blank);
+void qcow2_fresh_forget(struct qcow2 *q, struct tables *of, uint64_t off);
+/* The slice that has the refcount of index, as entry *at of it; NULL where no block describes it. */
+int  qcow2_ref_slice(struct image *i, uint64_t index, struct table **t, unsigned *at);
+
+/* Nodes for later: reserve n; no longer; take one of those reserved. */
+int  qcow2_spare(struct qcow2 *q, unsigned n);
+void qcow2_unspare(struct qcow2 *q, unsigned n);
+struct qcow2_free *qcow2_spare_take(struct qcow2 *q);
+/* To free clusters later without failing: prepare, then either queue (they are unlinked now) or cancel. */
+int  qcow2_frees_prepare(struct image *i, uint64_t first, uint64_t n);
+void qcow2_frees_queue(struct image *i, uint64_t first, uint64_t n);
+void qcow2_frees_cancel(struct image *i, uint64_t first, uint64_t n);
+
+/* The parts of gather() and gathered() that are here. */
+int  qcow2_frees_gather(struct image *i, struct plan *p);
+void qcow2_frees_gathered(struct qcow2 *q, int err);
+int  qcow2_fresh_gather(struct qcow2 *q, struct plan *p);
+void qcow2_fresh_gathered(struct qcow2 *q, int err);
+int  qcow2_dropped_gather(struct image *i);     /* tools */
+bool qcow2_reclaim(struct image *i);
+
+/* ---- qcow2_alloc.c ---- */
+
+/* Remember an L1 entry that was changed in q->l1: the next plan writes it. */
+void qcow2_l1_changed(struct qcow2 *q, uint64_t l1_index);
+/* The L2 table of an L1 index, made or copied where it is not there or not ours alone: it may be changed. */
+int  qcow2_l2_writable(struct image *i, uint64_t l1_index, uint64_t *l2_off);
 
 int  qcow2_alloc(struct image *i, uint64_t off, uint64_t len, struct alloc *a);
 void qcow2_link(struct image *i, struct alloc *a);
@@ -247,7 +295,6 @@ void qcow2_drop(struct image *i, struct alloc *a);
 int  qcow2_punch(struct image *i, uint64_t off, uint64_t len, enum punch_kind kind, uint64_t *done, uint64_t *part);
 int  qcow2_gather(struct image *i, struct plan *p);
 void qcow2_gathered(struct image *i, int err);
-bool qcow2_reclaim(struct image *i);
 int  qcow2_write_compressed(struct image *i, const void *cluster, uint64_t off);
 
 /* ---- qcow2_create.c ---- */
