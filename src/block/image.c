@@ -495,9 +495,10 @@ int image_map(struct image *i, uint64_t off, uint64_t len, struct extent *e, str
 			r = i->fmt->map(i, off, len, e);
 		else
 			*e = (struct extent){ .kind = EXT_DATA, .len = len, .pos = off, .file = &i->file };
+		len = r ? len : MIN(len, e->len);       /* what is below holds only as far as the hole above */
+		e->len = len;
 		if (r || e->kind != EXT_HOLE || !i->backing)
 			return r;
-		len = MIN(len, e->len);
 		i = i->backing;
 	}
 }
