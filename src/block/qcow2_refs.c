@@ -534,16 +534,20 @@ static int scan(struct image *i, uint32_t want, unsigned slices, struct run *run
 
 	run->n = 0;
 	while (q->cursor < q->end && slices && !run->n) {
-		r = qcow2_ref_slice(i, q->cursor, &t, &at);
+		uint64_t from = q->cursor;
+
+		r = qcow2_ref_slice(i, from, &t, &at);
 		if (r)
 			return r;
-		if (!t) {       /* nothing describes it: not ours to use */
-			q->cursor = ((q->cursor >> q->refs_bits) + 1) << q->refs_bits;
+		if (q->cursor != from)  /* a plan ran meanwhile, and freed some */
+			continue;
+		if (!t) {               /* nothing describes it: not ours to use */
+			q->cursor = ((from >> q->refs_bits) + 1) << q->refs_bits;
 			continue;
 		}
 		slices--;
-		find_in_slice(q, t, at, q->cursor, q->end, want, run);
-		q->cursor = run->n ? run->first + run->n : q->cursor + slice_left(q, q->cursor);
+		find_in_slice(q, t, at, from, q->end, want, run);
+		q->cursor = run->n ? run->first + run->n : from + slice_left(q, from);
 	}
 	return 0;
 }
