@@ -352,7 +352,8 @@ static int unlinked_file(struct error *err)
 int image_overlay(struct image **image, struct error *err)
 {
 	struct image *base = *image, *top;
-	struct image_create c = { .format = "qcow2", .size = base->size };
+	/* The name is only there so that the format knows that holes are not zeroes. */
+	struct image_create c = { .format = "qcow2", .size = base->size, .backing = "base", .backing_format = "raw" };
 	struct image_how how = { .format = "qcow2", .alone = true };
 	int fd = unlinked_file(err), r;
 

@@ -143,18 +143,21 @@ static void verify(struct world *w, uint32_t *sure)
 
 		if (image_read(i, is, SECTOR, k * SECTOR))
 			broken(w, "sector %llu cannot be read after a kill", (unsigned long long)k);
+		sure[k] = 0;
+		if (!memcmp(is, w->data + k * SECTOR, SECTOR)) {        /* as it was made */
+			if (gen->flushed[k])
+				broken(w, "sector %llu is lost, flushed was %u", (unsigned long long)k, gen->flushed[k]);
+			continue;
+		}
 		for (unsigned b = 1; b < SECTOR / 8; b++)
-			if (is[b] != is[0] && !(*w->base && !gen->begun[k]))
+			if (is[b] != is[0])
 				broken(w, "sector %llu is torn", (unsigned long long)k);
 		g = (uint32_t)(is[0] >> 32);
-		if (!gen->begun[k] && !memcmp(is, w->data + k * SECTOR, SECTOR))
-			continue;
-		if (is[0] && (uint32_t)is[0] != k)
+		if ((uint32_t)is[0] != k)
 			broken(w, "sector %llu holds sector %u", (unsigned long long)k, (uint32_t)is[0]);
 		if (g < gen->flushed[k] || g > gen->begun[k])
-			if (gen->flushed[k] || memcmp(is, w->data + k * SECTOR, SECTOR))
-				broken(w, "sector %llu has generation %u, flushed was %u, begun %u", (unsigned long long)k, g,
-					gen->flushed[k], gen->begun[k]);
+			broken(w, "sector %llu has generation %u, flushed was %u, begun %u", (unsigned long long)k, g,
+				gen->flushed[k], gen->begun[k]);
 		sure[k] = g;
 	}
 	image_close(i);

@@ -57,7 +57,7 @@ static void make_base(struct world *w)
 
 	for (uint64_t at = 0; at < size; at += 8)
 		if (at / 30000 % 2)
-			*(uint64_t *)(w->data + at) = at * 0x9e3779b97f4a7c15ull;
+			*(uint64_t *)(w->data + at) = (uint32_t)(at * 0x9e3779b9u);     /* of write 0 */
 	if (fd < 0 || write(fd, w->data, size) != (ssize_t)size)
 		broken(w, "cannot write %s", w->base);
 	close(fd);

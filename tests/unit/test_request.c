@@ -95,16 +95,32 @@ static bool overlaps(uint64_t off, uint64_t len)
 
 static void start(struct slot *s);
 
+/* Check's asserts are for the main thread. */
+static void wrong(const struct blk_req *r, const char *what)
+{
+	const uint64_t *got = (const uint64_t *)container_of(r, struct slot, r)->data;
+
+	for (uint64_t k = 0; r->op == BLK_READ && k < r->len; k += 8)
+		if (got[k / 8] != *(uint64_t *)(model + r->off + k)) {
+			fprintf(stderr, "at %llu: %llx, not %llx\n", (unsigned long long)(r->off + k),
+				(unsigned long long)got[k / 8], *(unsigned long long *)(model + r->off + k));
+			k |= 511;
+			k -= 7;
+		}
+	fprintf(stderr, "%s: kind %d at %llu+%llu: %s\n", path, r->op, (unsigned long long)r->off,
+		(unsigned long long)r->len, what);
+	abort();
+}
+
 static void done(struct blk_req *r, int error)
 {
 	struct slot *s = container_of(r, struct slot, r);
 
 	failures += error != 0;
-	if (!failing && !fail_with)
-		ck_assert_int_eq(error, 0);
-	if (!error && !fail_with && r->op == BLK_READ)  /* what a failed write left is open */
-		ck_assert_msg(!memcmp(s->data, model + r->off, r->len), "read at %llu+%llu",
-			(unsigned long long)r->off, (unsigned long long)r->len);
+	if (!fail_with && error)
+		wrong(r, strerrordesc_np(-error));
+	if (!error && !fail_with && r->op == BLK_READ && memcmp(s->data, model + r->off, r->len))
+		wrong(r, "other bytes");        /* what a failed write left would be open */
 	s->busy = false;
 	underway--;
 	start(s);
