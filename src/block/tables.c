@@ -126,10 +126,14 @@ static struct table *new_table(struct tables *t)
 	return &s->t;
 }
 
-/* The oldest one that nobody needs, out of the hash and the list. */
+/* The oldest one that nobody needs, out of the hash and the list; the youngest four were promised to stay. */
 static struct table *victim(struct tables *t)
 {
-	for (struct table *e = t->old; e; e = e->lru_prev) {
+	struct table *fourth = t->young;
+
+	for (unsigned n = 1; n < 4 && fourth; n++)
+		fourth = fourth->lru_next;
+	for (struct table *e = t->old; fourth && e != fourth; e = e->lru_prev) {
 		if (e->dirty || e->pins || e->loading || slot_of(e)->writing)
 			continue;
 		unlink_table(t, e);
