@@ -1,6 +1,6 @@
 /*
- * qcow2 images: what is written reads back, QEMU's tools agree, and a hostile file is refused. plan_run() goes through here
- * (--wrap) to record what reaches the file in which order.
+ * qcow2 images: what is written reads back, QEMU's tools agree, and a hostile file is refused. preadv2() goes through here
+ * (--wrap), so that a table is not in memory when we say so.
  */
 #include <endian.h>
 #include <errno.h>
@@ -669,6 +669,329 @@ START_TEST(test_the_refcount_table_grows)
 }
 END_TEST
 
+/* ---- the request layer, played: nothing waits, several writes and a plan in flight ---- */
+
+static bool not_cached;
+
+ssize_t __real_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
+ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
+ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags)
+{
+	if (not_cached && rnd(3)) {
+		errno = EAGAIN;
+		return -1;
+	}
+	return __real_preadv64v2(fd, iov, cnt, off, flags);
+}
+
+#define FLIGHTS 5
+static struct flight {
+	bool busy;
+	struct alloc a;
+	uint8_t *data;
+} flights[FLIGHTS];
+static struct plan plan;
+static unsigned crashes, want_tables, want_plans;
+
+static int apply(int fd, const struct plan_step *st)
+{
+	struct host_file f = { .fd = fd, .meta_fd = fd };
+	struct plan one = { .step = (struct plan_step *)st, .n = 1 };
+
+	return plan_run(&one, &f);
+}
+
+/* A kill while the plan runs: all before some barrier reached the file, of what follows up to the next any part. */
+static void crash(const struct image *i)
+{
+	unsigned stop = plan.n ? rnd(plan.n + 1) : 0;
+	char copy[128];
+	int fd, r;
+
+	snprintf(copy, sizeof(copy), "%s/crash", dir);
+	ck_assert_int_eq(shell("cp --sparse=always %s %s", i->path, copy), 0);
+	fd = open(copy, O_RDWR);
+	while (stop && stop < plan.n && plan.step[stop].kind != PLAN_BARRIER)
+		stop--;
+	for (unsigned k = 0; k < stop; k++)
+		if (plan.step[k].kind != PLAN_BARRIER)
+			ck_assert_int_eq(apply(fd, &plan.step[k]), 0);
+	for (unsigned k = stop + 1; k < plan.n && plan.step[k].kind != PLAN_BARRIER; k++)
+		if (rnd(2))
+			ck_assert_int_eq(apply(fd, &plan.step[k]), 0);
+	close(fd);
+	r = shell("qemu-img check -q %s >%s/out 2>&1", copy, dir);
+	if (WEXITSTATUS(r) && WEXITSTATUS(r) != 3) {
+		shell("cat %s/out", dir);
+		ck_abort_msg("a kill after step %u of %u leaves more than leaks", stop, plan.n);
+	}
+	crashes++;
+}
+
+static void start_plan(struct image *i)
+{
+	int r;
+
+	if (i->gathering)
+		return;
+	i->gathering = true;
+	r = i->fmt->gather(i, &plan);
+	ck_assert_int_eq(r, 0);
+}
+
+static void finish_plan(struct image *i)
+{
+	int r;
+
+	if (!i->gathering)
+		return;
+	if (plan.n && !rnd(4) && !no_qemu("qemu-img check"))
+		crash(i);
+	if (!rnd(6)) {          /* fails on the way */
+		struct plan some = plan;
+
+		some.n = plan.n ? rnd(plan.n) : 0;
+		plan_run(&some, &i->file);
+		r = -EIO;
+	} else {
+		r = plan_run(&plan, &i->file);
+		ck_assert_int_eq(r, 0);
+	}
+	plan_clear(&plan);
+	i->fmt->gathered(i, r);
+	i->gathering = false;
+	if (!r && rnd(4))
+		i->fmt->reclaim(i);
+}
+
+static void finish_flights(struct image *i, unsigned n);
+
+/* What -EAGAIN asks for. */
+static void serve(struct image *i, int r)
+{
+	struct table *t = i->want_table;
+
+	if (r == -EBUSY)
+		return finish_flights(i, 1);
+	ck_assert_int_eq(r, -EAGAIN);
+	if (i->want == WANT_TABLE) {
+		want_tables++;
+		while (t->loading)
+			table_loaded(t, (int)__real_preadv64v2(i->file.fd, &t->iov, 1,
+				(off_t)(t->off + (uint64_t)((uint8_t *)t->iov.iov_base - (uint8_t *)t->data)), 0));
+		return;
+	}
+	ck_assert_int_eq(i->want, WANT_PLAN);
+	want_plans++;
+	start_plan(i);
+	finish_plan(i);
+	i->fmt->reclaim(i);
+	if (!rnd(3))
+		finish_flights(i, 1);
+}
+
+static void nb_read(struct image *i, uint8_t *to, uint64_t len, uint64_t off)
+{
+	while (len) {
+		struct extent e = { .kind = EXT_ZERO, .len = len };
+		int r = off < i->size ? i->fmt->map(i, off, MIN(len, i->size - off), &e) : 0;
+		uint64_t n = MIN(e.len, len);
+
+		if (r) {
+			serve(i, r);
+			continue;
+		}
+		if (off < i->size)
+			n = MIN(n, i->size - off);
+		ck_assert_int_ne(e.kind, EXT_COMPRESSED);
+		memset(to, 0, n);
+		if (e.kind == EXT_DATA)
+			ck_assert_int_eq(meta_read(e.file, to, n, e.pos), 0);
+		to += n;
+		len -= n;
+		off += n;
+	}
+}
+
+static bool any_set(const uint8_t *p, uint64_t n)
+{
+	while (n && !*p) {
+		p++;
+		n--;
+	}
+	return n;
+}
+
+static void nb_fill(struct image *i, const struct alloc *a, uint64_t from, uint64_t to)
+{
+	uint8_t *bytes = malloc(to - from + 1);
+
+	nb_read(i, bytes, to - from, from);
+	if (from < to && (!a->blank || any_set(bytes, to - from)))
+		ck_assert_int_eq(meta_write(&i->file, bytes, to - from, a->pos + from - a->off), 0);
+	free(bytes);
+}
+
+static void finish_flight(struct image *i, struct flight *f)
+{
+	struct alloc *a = &f->a;
+
+	f->busy = false;
+	if (!rnd(6)) {
+		ck_assert_int_eq(meta_write(&i->file, f->data, a->len / 2, a->pos), 0);
+		i->fmt->drop(i, a);
+	} else {
+		nb_fill(i, a, a->fill_off, a->off);
+		nb_fill(i, a, a->off + a->len, a->fill_end);
+		ck_assert_int_eq(meta_write(&i->file, f->data, a->len, a->pos), 0);
+		i->fmt->link(i, a);
+		memcpy(model + a->off, f->data, a->len);
+	}
+	free(f->data);
+}
+
+static void finish_flights(struct image *i, unsigned n)
+{
+	for (unsigned k = rnd(FLIGHTS), left = FLIGHTS; left && n; left--, k = (k + 1) % FLIGHTS)
+		if (flights[k].busy) {
+			finish_flight(i, &flights[k]);
+			n--;
+		}
+}
+
+static void nb_write(struct image *i, uint64_t off, uint64_t len)
+{
+	while (len) {
+		struct flight *f = flights;
+		int r;
+
+		while (f < flights + FLIGHTS && f->busy)
+			f++;
+		if (f == flights + FLIGHTS) {
+			finish_flights(i, 2);
+			continue;
+		}
+		r = i->fmt->alloc(i, off, len, &f->a);
+		if (r) {
+			serve(i, r);
+			continue;
+		}
+		ck_assert_uint_eq(f->a.off, off);
+		ck_assert_uint_le(f->a.len, len);
+		f->data = malloc(f->a.len);
+		fill_random(f->data, f->a.len);
+		off += f->a.len;
+		len -= f->a.len;
+		f->busy = f->a.fresh;
+		if (f->busy)
+			continue;
+		ck_assert_int_eq(meta_write(&i->file, f->data, f->a.len, f->a.pos), 0);
+		memcpy(model + f->a.off, f->data, f->a.len);
+		free(f->data);
+	}
+}
+
+static void nb_punch(struct image *i, uint64_t off, uint64_t len)
+{
+	while (len) {
+		uint64_t done, part;
+		int r = i->fmt->punch(i, off, len, rnd(2) ? PUNCH_ZERO : PUNCH_UNMAP, &done, &part);
+
+		if (r) {
+			serve(i, r);
+			continue;
+		}
+		memset(model + off, 0, done);
+		done = done ? done : MIN(part, len);
+		ck_assert_uint_gt(done, 0);
+		off += done;
+		len -= done;
+	}
+}
+
+static void nb_op(struct image *i)
+{
+	uint64_t off, len;
+	unsigned what = rnd(10);
+
+	random_range(&off, &len, 512);
+	if (what < 5)
+		nb_write(i, off, len);
+	else if (what < 7)
+		nb_punch(i, off, len);
+	else if (what == 7)
+		start_plan(i);
+	else if (what == 8)
+		finish_plan(i);
+	else if (rnd(2))
+		finish_flights(i, 3);
+	else {
+		finish_flights(i, FLIGHTS);     /* one that ends while we read would change what we compare with */
+		nb_read(i, buf, len, off);
+		ck_assert_int_eq(memcmp(buf, model + off, len), 0);
+	}
+}
+
+/* With few tables in memory: they come and go, and plans must run. */
+static void shrink_caches(struct image *i)
+{
+	struct qcow2 *q = qcow2_of(i);
+
+	qcow2_forget_last(i);
+	tables_free(q->l2);
+	tables_free(q->refs);
+	q->l2 = tables_new(i, 1u << q->slice_bits, 8);
+	q->refs = tables_new(i, 1u << q->slice_bits, 8);
+}
+
+static const struct image_create nb_shapes[] = {
+	{ .cluster = 512 }, { .cluster = 512, .refcount_bits = 64 }, { .cluster = 4096 }, { .extended_l2 = true, .cluster = 16u << 10 },
+	{ .cluster = 512, .version = 2 }, { .cluster = 1024, .refcount_bits = 64 }, { .cluster = 0 },
+};
+
+static void nothing_waits(struct image_create c, bool snapshot)
+{
+	struct image *i;
+
+	memset(model, 0, sizeof(model));
+	create(path, c);
+	i = open_rw(path);
+	fill_random(model, SIZE / 2);
+	ck_assert_int_eq(image_write(i, model, SIZE / 2, 0), 0);
+	ck_assert_int_eq(image_close(i), 0);
+	if (snapshot)
+		ck_assert_int_eq(shell("qemu-img snapshot -c one %s", path), 0);
+	i = open_rw(path);
+	shrink_caches(i);
+	i->blocking = i->unsafe = false;
+	not_cached = true;
+	for (unsigned n = 0; n < 150; n++)
+		nb_op(i);
+	finish_flights(i, FLIGHTS);
+	finish_plan(i);
+	not_cached = false;
+	i->blocking = i->unsafe = true;
+	compare_with_model(i);
+	ck_assert_int_eq(image_close(i), 0);
+	qemu_agrees(path);
+}
+
+START_TEST(test_nothing_waits_and_a_kill_only_leaks)
+{
+	set_up();
+	crashes = want_tables = want_plans = 0;
+	for (unsigned s = 0; s < ARRAY_LEN(nb_shapes); s++) {
+		seed = 1234567 + s;
+		nothing_waits(nb_shapes[s], false);
+		if (!no_qemu("snapshots"))
+			nothing_waits(nb_shapes[s], true);
+	}
+	ck_assert_uint_gt(want_tables, 100);
+	ck_assert_uint_gt(want_plans, 10);
+	tear_down();
+}
+END_TEST
+
 UNIT_MAIN("qcow2", test_random_ops_match_a_plain_model, test_random_ops_over_a_backing_image,
 	test_images_that_qemu_made_read_the_same_and_can_be_written, test_a_snapshot_that_qemu_made_keeps_its_bytes,
 	test_a_header_that_makes_no_sense_is_refused_with_words, test_header_extensions_and_names_stay_inside_the_header,
@@ -676,4 +999,4 @@ UNIT_MAIN("qcow2", test_random_ops_match_a_plain_model, test_random_ops_over_a_b
 	test_an_l1_entry_that_makes_no_sense_is_an_error, test_no_data_is_written_over_metadata,
 	test_refcounts_that_lie_are_found_before_a_write, test_data_past_the_end_of_the_file_reads_as_zeroes,
 	test_compressed_bytes_that_make_no_sense_are_an_error, test_a_file_that_claims_much_costs_little,
-	test_the_refcount_table_grows)
+	test_the_refcount_table_grows, test_nothing_waits_and_a_kill_only_leaks)
