@@ -217,7 +217,7 @@ static void qemu_agrees(uint64_t size)
 	int fd;
 
 	ck_assert_int_eq(sh("qemu-img check -q -f vdi %s", path), 0);
-	ck_assert_int_eq(sh("qemu-img convert -f vdi -O raw %s %s", path, other), 0);
+	ck_assert_int_eq(sh("qemu-img convert -t unsafe -f vdi -O raw %s %s", path, other), 0);
 	fd = open(other, O_RDONLY);
 	ck_assert_int_eq(fstat(fd, &st), 0);
 	ck_assert_uint_eq((uint64_t)st.st_size, size);
@@ -244,7 +244,7 @@ static void read_of_qemu(const char *options, uint64_t size)
 	fill_model(size);
 	write_file(other, model, size);
 	unlink(path);
-	ck_assert_int_eq(sh("qemu-img convert -f raw -O vdi %s %s %s", options, other, path), 0);
+	ck_assert_int_eq(sh("qemu-img convert -t unsafe -f raw -O vdi %s %s %s", options, other, path), 0);
 	unlink(other);
 	open_image(true);
 	ck_assert_uint_eq(image_size(img), size);
@@ -305,7 +305,7 @@ START_TEST(test_images_made_here_are_clean_and_read_the_same_in_qemu)
 		qemu_agrees(size);
 		if (size < MIB)
 			continue;
-		ck_assert_int_eq(sh("qemu-io -f vdi -c 'write -P 9 700k 3M' %s >/dev/null", path), 0);
+		ck_assert_int_eq(sh("qemu-io -t unsafe -f vdi -c 'write -P 9 700k 3M' %s >/dev/null", path), 0);
 		memset(model + 700 * 1024, 9, 3 * MIB);
 		open_image(false);
 		same_as_model(size);
@@ -323,7 +323,7 @@ START_TEST(test_writing_into_an_image_of_qemu_keeps_it_clean)
 	start();
 	fill_model(20 * MIB);
 	write_file(other, model, 20 * MIB);
-	ck_assert_int_eq(sh("qemu-img convert -f raw -O vdi %s %s", other, path), 0);
+	ck_assert_int_eq(sh("qemu-img convert -t unsafe -f raw -O vdi %s %s", other, path), 0);
 	open_image(false);
 	for (unsigned n = 0; n < 40; n++) {
 		random_write(20 * MIB, 900000);
@@ -337,7 +337,7 @@ START_TEST(test_writing_into_an_image_of_qemu_keeps_it_clean)
 	same_as_model(20 * MIB);
 	close_image();
 	qemu_agrees(20 * MIB);
-	ck_assert_int_eq(sh("qemu-io -f vdi -c 'write -P 7 0 20M' %s >/dev/null", path), 0);
+	ck_assert_int_eq(sh("qemu-io -t unsafe -f vdi -c 'write -P 7 0 20M' %s >/dev/null", path), 0);
 	memset(model, 7, 20 * MIB);
 	open_image(true);
 	same_as_model(20 * MIB);
@@ -567,6 +567,8 @@ static void punch_some(uint64_t off, uint64_t len)
 	ck_assert_int_eq(r, 0);
 	ck_assert(done <= len && (done || part));
 	memset(model + off, 0, done);
+	for (unsigned k = 0; k < OPEN_ALLOCS; k++)
+		ck_assert(!done || !alloc_open[k] || off + done <= allocs[k].fill_off || off >= allocs[k].fill_end);
 }
 
 static void end_allocs(void)
@@ -635,6 +637,53 @@ START_TEST(test_nonblocking_steps_match_a_plain_model)
 		ck_assert_uint_eq(c.corruptions + c.errors, 0);
 		close_image();
 	}
+	finish();
+}
+END_TEST
+
+START_TEST(test_table_of_an_alloc_stays_while_others_come_and_go)
+{
+	struct alloc a = { 0 };
+	struct image_status s;
+
+	start();
+	create(400 * 4ull * MIB, 4096, false);
+	open_image(false);
+	ck_assert_int_eq(img->fmt->alloc(img, 0, 4096, &a), 0);
+	for (uint64_t k = 1; k < 400; k++)
+		ck_assert_int_eq(image_status(img, k * 4 * MIB, 512, &s), 0);
+	ck_assert_int_eq(pwrite(img->file.fd, memset(buf, 3, 4096), 4096, (off_t)a.pos), 4096);
+	img->fmt->link(img, &a);
+	close_image();
+	open_image(true);
+	memset(model, 3, 4096);
+	same_as_model(16 * MIB);
+	check_is_clean();
+	close_image();
+	finish();
+}
+END_TEST
+
+START_TEST(test_dropped_allocs_do_not_stay_counted)
+{
+	struct alloc a[3] = { 0 };
+	uint32_t count = 77;
+
+	start();
+	create(MIB, 4096, false);
+	open_image(false);
+	for (unsigned k = 0; k < 3; k++)
+		ck_assert_int_eq(img->fmt->alloc(img, k * 8192, 4096, &a[k]), 0);
+	for (unsigned k = 0; k < 3; k++)
+		img->fmt->drop(img, &a[k]);
+	close_image();
+	{
+		int fd = open(path, O_RDONLY);
+
+		ck_assert_int_eq(pread(fd, &count, 4, 388), 4);
+		close(fd);
+	}
+	ck_assert_uint_eq(count, 0);
 	finish();
 }
 END_TEST
@@ -751,8 +800,12 @@ static void pack_map(uint32_t blocks)
 /* Whatever is cut off of a change that moves data about: it is all there. */
 static void all_prefixes_have(int from, uint64_t size)
 {
-	for (unsigned n = 0; n <= tape.n; n++) {
-		make_prefix(from, n, UINT32_MAX);
+	for (unsigned k = 0; k <= 2 * tape.n; k++) {
+		unsigned n = k / 2, epoch = k % 2 && n < tape.n ? tape.list[n].epoch : UINT32_MAX;
+
+		while (k % 2 && n < tape.n && tape.list[n].epoch == epoch)
+			n++;
+		make_prefix(from, n, epoch);
 		prefix_is_sound();
 		ck_assert_int_eq(try_open(other, true, false), 0);
 		same_as_model(size);
@@ -860,6 +913,23 @@ START_TEST(test_entry_behind_the_count_stops_changes_but_not_other_reads)
 		ck_assert_int_eq(image_write(img, buf, 512, 0), ro ? -EROFS : -EIO);
 		close_image();
 	}
+	finish();
+}
+END_TEST
+
+START_TEST(test_entry_behind_the_old_count_is_found_also_when_the_count_has_grown)
+{
+	start();
+	create(8 * MIB, 4096, false);
+	open_image(false);
+	ck_assert_int_eq(image_write(img, memset(buf, 1, 512), 512, 0), 0);
+	close_image();
+	poke32(4096 + 1500 * 4, 1);
+	open_image(false);
+	ck_assert_int_eq(image_write(img, buf, 512, 4096), 0);
+	ck_assert_int_eq(image_write(img, buf, 512, 1500 * 4096), -EIO);
+	ck_assert_int_eq(image_write(img, buf, 512, 0), -EIO);
+	close_image();
 	finish();
 }
 END_TEST
@@ -1349,10 +1419,13 @@ END_TEST
 
 UNIT_MAIN("vdi", test_images_made_by_qemu_read_the_same, test_images_made_here_are_clean_and_read_the_same_in_qemu,
 	test_writing_into_an_image_of_qemu_keeps_it_clean, test_random_operations_match_a_plain_model,
-	test_nonblocking_steps_match_a_plain_model, test_row_kill_after_any_write_leaves_no_corruption,
+	test_nonblocking_steps_match_a_plain_model,
+	test_table_of_an_alloc_stays_while_others_come_and_go, test_dropped_allocs_do_not_stay_counted,
+	test_row_kill_after_any_write_leaves_no_corruption,
 	test_growth_beyond_the_map_moves_blocks_and_survives_a_kill,
 	test_space_behind_the_count_is_used_again_and_shows_nothing_old,
-	test_entry_behind_the_count_stops_changes_but_not_other_reads, test_failed_writes_leave_places_for_the_next,
+	test_entry_behind_the_count_stops_changes_but_not_other_reads,
+	test_entry_behind_the_old_count_is_found_also_when_the_count_has_grown, test_failed_writes_leave_places_for_the_next,
 	test_discard_gives_space_back_and_more_blocks_than_the_list_holds, test_zero_entries_of_others_read_as_zeroes,
 	test_resize_grows_shrinks_and_refuses_to_cut_data, test_fixed_images_have_all_blocks_also_when_grown,
 	test_creation_says_what_it_does_not_take, test_ten_terabytes_are_not_held_in_memory, test_check_finds_and_mends_leaks,

@@ -156,8 +156,8 @@ static void read_of_qemu(const char *options, uint64_t size)
 	}
 	write_file(other, model, size);
 	unlink(path);
-	ck_assert_int_eq(sh("qemu-img convert -f raw -O vpc -o %s %s %s", options, other, path), 0);
-	ck_assert_int_eq(sh("qemu-img convert -f vpc -O raw %s %s", path, other), 0);
+	ck_assert_int_eq(sh("qemu-img convert -t unsafe -f raw -O vpc -o %s %s %s", options, other, path), 0);
+	ck_assert_int_eq(sh("qemu-img convert -t unsafe -f vpc -O raw %s %s", path, other), 0);
 	open_image();
 	{
 		struct stat st;
