@@ -923,20 +923,21 @@ struct move {
 	struct image *image;
 	uint32_t k;                     /* places at the start that the new map takes */
 	uint32_t dest;                  /* where the first of them goes */
+	uint32_t count;                 /* places taken before */
 };
 
 /* Blocks in the first k places go to the end, where the map refers to them then. */
 static int move_piece(void *arg, uint64_t first, uint32_t *e, uint32_t n)
 {
 	struct move *m = arg;
-	struct vdi *v = m->image->priv;
 	int changed = 0, r;
 
 	for (uint32_t k = 0; k < n; k++) {
 		if (!has_place(e[k]))
 			continue;
-		if (e[k] >= v->next)
-			return bad_place(m->image, first + k, e[k]);
+		if (e[k] >= m->count)
+			return image_corrupt(m->image, "block %llu lies in place %u, but the header counted only %u",
+				(unsigned long long)first + k, e[k], m->count);
 		if (e[k] >= m->k)
 			continue;
 		r = copy_block(m->image, e[k], (uint64_t)m->dest + e[k]);
@@ -974,7 +975,7 @@ static int make_room(struct image *i, uint64_t blocks, struct error *err)
 	struct vdi *v = i->priv;
 	uint64_t k = (blocks * 4 + v->block - 1) >> v->shift, dest = MAX(v->next, k), moved = MIN(v->next, k);
 	uint64_t data = v->data_off + (k << v->shift);
-	struct move m = { i, (uint32_t)k, (uint32_t)dest };
+	struct move m = { i, (uint32_t)k, (uint32_t)dest, v->next };
 	int r;
 
 	if (data > UINT32_MAX || dest + moved >= ZERO)
@@ -1185,8 +1186,10 @@ static int compact_piece(void *arg, uint64_t first, uint32_t *e, uint32_t n)
 	for (uint32_t k = 0; k < n; k++) {
 		if (!has_place(e[k]) || e[k] < a->used)
 			continue;
-		while (bit(a, a->slot))
+		while (a->slot < a->used && bit(a, a->slot))
 			a->slot++;
+		if (a->slot >= a->used)         /* the map is not what it was a moment ago */
+			return -EIO;
 		r = copy_block(a->image, e[k], a->slot);
 		if (r)
 			return r;

@@ -690,6 +690,14 @@ END_TEST
 
 /* ---- a kill at any instant ---- */
 
+static void poke32(uint64_t off, uint32_t val)
+{
+	int fd = open(path, O_WRONLY);
+
+	ck_assert_int_eq(pwrite(fd, &val, 4, (off_t)off), 4);
+	close(fd);
+}
+
 static void make_prefix(int from, unsigned n, unsigned drop_epoch)
 {
 	int fd = open(other, O_RDWR | O_CREAT | O_TRUNC, 0600);
@@ -853,6 +861,29 @@ START_TEST(test_growth_beyond_the_map_moves_blocks_and_survives_a_kill)
 }
 END_TEST
 
+START_TEST(test_growth_of_an_image_with_a_wrong_entry_fails_and_keeps_the_rest)
+{
+	start();
+	create(128 * 4096, 4096, false);
+	pack_map(128);
+	open_image(false);
+	pattern(model, 5 * 4096);
+	ck_assert_int_eq(image_write(img, model, 5 * 4096, 0), 0);
+	close_image();
+	poke32(512 + 100 * 4, 6);
+	open_image(false);
+	ck_assert_int_eq(image_resize(img, 5000 * 4096, PREALLOC_OFF, false, &err), -EIO);
+	ck_assert_int_eq(image_write(img, buf, 512, 0), -EIO);
+	close_image();
+	open_image(true);
+	ck_assert_uint_eq(image_size(img), 128 * 4096);
+	ck_assert_int_eq(image_read(img, buf, 5 * 4096, 0), 0);
+	ck_assert_int_eq(memcmp(buf, model, 5 * 4096), 0);
+	close_image();
+	finish();
+}
+END_TEST
+
 /* ---- the end of a run that was none ---- */
 
 START_TEST(test_space_behind_the_count_is_used_again_and_shows_nothing_old)
@@ -886,14 +917,6 @@ START_TEST(test_space_behind_the_count_is_used_again_and_shows_nothing_old)
 	finish();
 }
 END_TEST
-
-static void poke32(uint64_t off, uint32_t val)
-{
-	int fd = open(path, O_WRONLY);
-
-	ck_assert_int_eq(pwrite(fd, &val, 4, (off_t)off), 4);
-	close(fd);
-}
 
 START_TEST(test_entry_behind_the_count_stops_changes_but_not_other_reads)
 {
@@ -1423,6 +1446,7 @@ UNIT_MAIN("vdi", test_images_made_by_qemu_read_the_same, test_images_made_here_a
 	test_table_of_an_alloc_stays_while_others_come_and_go, test_dropped_allocs_do_not_stay_counted,
 	test_row_kill_after_any_write_leaves_no_corruption,
 	test_growth_beyond_the_map_moves_blocks_and_survives_a_kill,
+	test_growth_of_an_image_with_a_wrong_entry_fails_and_keeps_the_rest,
 	test_space_behind_the_count_is_used_again_and_shows_nothing_old,
 	test_entry_behind_the_count_stops_changes_but_not_other_reads,
 	test_entry_behind_the_old_count_is_found_also_when_the_count_has_grown, test_failed_writes_leave_places_for_the_next,
