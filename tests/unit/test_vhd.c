@@ -269,13 +269,13 @@ static uint64_t make_dynamic(uint64_t size, uint32_t block)
 		uint32_t entry = htobe32(0xffffffff);
 
 		if (rnd(4)) {
-			unsigned run = 0, on = 0;
+			unsigned run = 0, on = 0, longest = rnd(3) ? 40 : 100000;
 
 			memset(bits, 0, sizeof(bits));
 			pattern(buf, block);
 			for (uint32_t s = 0; s < block / 512; s++) {
 				if (!run--) {
-					run = rnd(rnd(2) ? 40 : 4);
+					run = rnd(rnd(2) ? longest : 4);
 					on = rnd(2);
 				}
 				bits[s / 8] |= (uint8_t)(on << (7 - s % 8));
@@ -337,6 +337,27 @@ static void serve(void)
 		table_loaded(t, (int)preadv(img->file.fd, &part, 1, (off_t)at));
 	}
 }
+
+START_TEST(test_empty_image_is_one_hole_after_the_other)
+{
+	static uint8_t none[5000 * 4];
+	struct image_status s;
+
+	start();
+	make_headers(5000 * 4096, 4096, 3, "win ");
+	write_file(path, "", 0);
+	poke(BAT_AT, memset(none, 0xff, sizeof(none)), sizeof(none));
+	write_headers(24064);
+	open_image();
+	for (uint64_t at = 0; at < image_size(img); at += s.len) {
+		ck_assert_int_eq(image_status(img, at, image_size(img) - at, &s), 0);
+		ck_assert(s.kind == EXT_HOLE && s.len && s.len % 4096 == 0);
+	}
+	same_as_model(5000 * 4096);
+	close_image();
+	finish();
+}
+END_TEST
 
 START_TEST(test_nonblocking_reads_match_a_plain_model)
 {
@@ -605,7 +626,8 @@ START_TEST(test_it_is_read_only_and_has_an_alias)
 END_TEST
 
 UNIT_MAIN("vhd", test_images_made_by_qemu_read_the_same, test_sectors_whose_bit_is_clear_read_as_zeroes,
-	test_nonblocking_reads_match_a_plain_model, test_size_is_by_geometry_only_for_those_who_meant_it,
+	test_empty_image_is_one_hole_after_the_other, test_nonblocking_reads_match_a_plain_model,
+	test_size_is_by_geometry_only_for_those_who_meant_it,
 	test_short_footer_of_old_versions_is_found, test_copy_of_the_footer_serves_with_a_warning,
 	test_hostile_headers_are_refused_with_what_was_found, test_entry_past_the_end_fails_its_block_only,
 	test_claims_of_two_terabytes_cost_nothing, test_it_is_read_only_and_has_an_alias)
