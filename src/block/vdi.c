@@ -51,6 +51,7 @@
 #define PIECE       16384u              /* entries that tools read at once */
 #define BITS_MOST   (1ull << 28)        /* places a check keeps a bit of: 32 MiB */
 #define WORDS_MOST  50                  /* findings put into words */
+#define TWICE_MOST  (1u << 20)          /* duplicates after which a check does not go on: a hole in the file is full of them */
 #define COPY_CHUNK  (64u << 10)
 
 /* Offsets in the header. */
@@ -303,7 +304,7 @@ static int walk(struct image *i, walk_fn *fn, void *arg)
 
 struct survey {
 	struct image *image;
-	uint8_t *bits;          /* places that an entry names; NULL: not asked for */
+	uint8_t *bits;          /* places that an entry names */
 };
 
 static int survey_piece(void *arg, uint64_t first, uint32_t *e, uint32_t n)
@@ -319,30 +320,33 @@ static int survey_piece(void *arg, uint64_t first, uint32_t *e, uint32_t n)
 				(unsigned long long)first + k, e[k], v->base);
 			return -EIO;
 		}
-		if (s->bits && e[k] < BITS_MOST)
-			s->bits[e[k] / 8] |= (uint8_t)(1u << e[k] % 8);
+		if (e[k] >= BITS_MOST)
+			continue;
+		if (s->bits[e[k] / 8] >> e[k] % 8 & 1) {
+			image_corrupt(s->image, "block %llu lies in place %u, and so does another", (unsigned long long)first + k,
+				e[k]);
+			return -EIO;
+		}
+		s->bits[e[k] / 8] |= (uint8_t)(1u << e[k] % 8);
 	}
 	return 0;
 }
 
 /*
- * The last run did not end well: does an entry name a place that the header does not count? And where all are counted,
- * which of them does none name? A map that is wrong makes the image corrupt; it still opens.
+ * The last run did not end well: does an entry name a place that the header does not count? And which places that it
+ * counts does none name? A map that is wrong makes the image corrupt, and ends this; it still opens.
  */
 static int survey(struct image *i)
 {
 	struct vdi *v = i->priv;
 	uint64_t n = MIN(v->base, BITS_MOST);
-	auto_free uint8_t *bits = v->base < v->blocks ? NULL : calloc(1, n / 8 + 1);
+	auto_free uint8_t *bits = calloc(1, n / 8 + 1);
 	struct survey s = { i, bits };
-	int r;
+	int r = bits ? walk(i, survey_piece, &s) : -ENOMEM;
 
-	if (!bits && v->base >= v->blocks)
-		return -ENOMEM;
-	r = walk(i, survey_piece, &s);
 	if (r)
 		return i->corrupt ? 0 : r;
-	for (uint64_t p = 0; bits && p < n && v->spares < SPARES; p++)
+	for (uint64_t p = 0; p < n && v->spares < SPARES; p++)
 		if (!(bits[p / 8] >> p % 8 & 1))
 			v->spare[v->spares++] = (uint32_t)p;
 	return 0;
@@ -1173,7 +1177,7 @@ static int audit_piece(void *arg, uint64_t first, uint32_t *e, uint32_t n)
 			}
 		}
 	}
-	return changed;
+	return a->twice > TWICE_MOST ? -E2BIG : changed;
 }
 
 /* Blocks from behind the first `used` places into the gaps among them. */
@@ -1259,6 +1263,13 @@ static int audit(struct audit *a)
 	a->bits_n = MIN(a->places, BITS_MOST);
 	a->bits = calloc(1, a->bits_n / 8 + 1);
 	r = a->bits ? walk(i, audit_piece, a) : -ENOMEM;
+	if (r == -E2BIG) {
+		c->corruptions = a->twice + a->late + a->lost;
+		c->errors++;
+		a->words = 0;
+		say(a, "more than %u duplicates: the rest of the block map was not looked at", TWICE_MOST);
+		return 0;
+	}
 	if (r)
 		return r;
 	c->clusters = v->blocks;

@@ -1150,7 +1150,7 @@ END_TEST
 
 /* ---- check ---- */
 
-static char said[4000];
+static char said[8000];
 
 static void hear(struct image_check *c, const char *text)
 {
@@ -1412,6 +1412,33 @@ START_TEST(test_hostile_headers_are_refused_with_what_was_found)
 }
 END_TEST
 
+START_TEST(test_claims_of_much_that_are_a_hole_cost_little)
+{
+	uint32_t blocks = 0x3ff0000, data = 8192 + blocks * 4;
+	uint64_t size = blocks * 4096ull;
+	struct image_check c = { .complain = hear };
+
+	start();
+	create(MIB, 4096, false);
+	poke32(344, data);
+	poke32(368, (uint32_t)size);
+	poke32(372, (uint32_t)(size >> 32));
+	poke32(384, blocks);
+	poke32(388, blocks);
+	ck_assert_int_eq(truncate(path, (off_t)(data + size)), 0);
+	open_image(false);
+	ck_assert_int_eq(image_read(img, buf, 512, size / 2), 0);
+	ck_assert_int_eq(image_write(img, buf, 512, size / 2), -EIO);
+	said[0] = 0;
+	ck_assert_int_eq(image_check(img, REPAIR_ALL, &c, &err), 0);
+	ck_assert(c.corruptions > 1000 && c.errors == 1 && !c.fixed_corruptions && !c.fixed_leaks);
+	ck_assert_ptr_nonnull(strstr(said, "the rest of the block map was not looked at"));
+	ck_assert_int_eq(image_write(img, buf, 512, size / 2), -EIO);
+	close_image();
+	finish();
+}
+END_TEST
+
 START_TEST(test_truncated_files_are_refused)
 {
 	start();
@@ -1456,5 +1483,6 @@ UNIT_MAIN("vdi", test_images_made_by_qemu_read_the_same, test_images_made_here_a
 	test_check_finds_and_mends_a_count_that_is_too_low_or_too_high, test_check_mends_entries_past_the_end_of_the_file,
 	test_duplicates_stop_changes_and_cannot_be_mended, test_full_disk_uses_the_places_that_a_kill_left,
 	test_mending_of_leaks_survives_a_kill,
-	test_hostile_headers_are_refused_with_what_was_found, test_truncated_files_are_refused,
+	test_hostile_headers_are_refused_with_what_was_found,
+	test_claims_of_much_that_are_a_hole_cost_little, test_truncated_files_are_refused,
 	test_formats_are_listed_and_guessed)
