@@ -17,8 +17,8 @@
  * A place is never handed out twice, because the count that covers it is on the medium before an entry that names it.
  * One that an unclean end left behind the count is used again, after a look at the whole map that nothing names it.
  *
- * Source: VDICore.h of VirtualBox names the fields (version 1.1, all little-endian); what QEMU 7.2 and VirtualBox 7
- * refuse was tried out.
+ * Source: VirtualBox's VDICore.h names the fields (version 1.1, all little-endian) and its VDI.cpp says what it refuses; what
+ * QEMU 7.2 refuses was tried out.
  */
 #include <endian.h>
 #include <errno.h>
