@@ -142,7 +142,7 @@ static inline int read_nonblocking(struct image *i, uint8_t *buf, uint64_t len, 
 	return 0;
 }
 
-/* Everything in pieces of odd sizes; tables not NULL: nonblocking. Where raw has a hole the image must have none but zeroes. */
+/* All data in pieces of odd sizes; tables not NULL: nonblocking. Where raw has a hole the image must have none but zeroes. */
 static inline void compare(struct image *i, unsigned *tables)
 {
 	static uint8_t want[PIECE], got[PIECE];
@@ -171,6 +171,9 @@ static inline void compare(struct image *i, unsigned *tables)
 		ck_assert_msg(!memcmp(want, got, n), "%llu bytes at %llu differ", (unsigned long long)n,
 			(unsigned long long)off);
 		off += n;
+		/* A long hole in raw that is none in a flat image: only a part of it is read. */
+		if (data > 0 && (uint64_t)data > off + 2 * PIECE)
+			off = (uint64_t)data - 1 - rnd(PIECE);
 	}
 	close(fd);
 }
