@@ -21,6 +21,7 @@
 #include "replay.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,7 +70,7 @@ extern char **environ;
 /* ---- options ---- */
 
 static const char usage[] =
-	"Usage: vmm disk replay --log FILE --list\n"
+	"usage: vmm disk replay --log FILE --list\n"
 	"       vmm disk replay --log FILE [--base FILE] --out PATH --at N | --every-flush | --every-fua | --torn\n"
 	"From a log of a disk's writes (--disk ...,log=FILE, or dm-log-writes) the images a power cut could have left.\n"
 	"\n"
@@ -302,6 +303,8 @@ static int run_command(struct replay *p, const char *path)
 	auto_free char *text = command(p->o.exec, path);
 	char *argv[] = { "sh", "-c", text, NULL };
 	posix_spawn_file_actions_t files;
+	posix_spawnattr_t attr;
+	sigset_t set;
 	int r, status;
 	pid_t pid;
 
@@ -313,7 +316,14 @@ static int run_command(struct replay *p, const char *path)
 	posix_spawn_file_actions_addopen(&files, 0, "/dev/null", O_RDONLY, 0);
 	posix_spawn_file_actions_adddup2(&files, p->said, 1);
 	posix_spawn_file_actions_adddup2(&files, p->said, 2);
-	r = -posix_spawn(&pid, "/bin/sh", &files, NULL, argv, environ);
+	posix_spawnattr_init(&attr);
+	sigemptyset(&set);
+	sigaddset(&set, SIGPIPE);       /* which vmm ignores */
+	sigaddset(&set, SIGXFSZ);
+	posix_spawnattr_setsigdefault(&attr, &set);
+	posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSIGDEF);
+	r = -posix_spawn(&pid, "/bin/sh", &files, &attr, argv, environ);
+	posix_spawnattr_destroy(&attr);
 	posix_spawn_file_actions_destroy(&files);
 	if (r)
 		return r;

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from conftest import BUILD, guest
+from conftest import VMM, guest
 
 MAGIC = 0x6a736677736872
 FLUSH, FUA, DISCARD, MARK, METADATA = 1, 2, 4, 8, 16
@@ -50,7 +50,7 @@ class Done:
 
 
 def replay(*args):
-    return Done(subprocess.run([BUILD / "tests" / "e2e" / "disk-replay", *map(str, args)], stdout=subprocess.PIPE,
+    return Done(subprocess.run([VMM, "disk", "replay", *map(str, args)], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, timeout=60, env={**os.environ, "PATH": PATH}))
 
 
