@@ -336,6 +336,46 @@ def test_torn_images_of_writes_without_a_journal_are_found_broken(ext4, out):
     assert r.status == 2 and j["images"] == 30 and 0 < j["failures"] < 30
 
 
+# ---- beside QEMU, which writes such logs, too ----
+
+def qemu_io(disk, log, *commands, **options):
+    keys = "".join(f",{k.replace('_', '-')}={v}" for k, v in options.items())
+    args = [a for c in (*commands, "flush") for a in ("-c", c)]
+    subprocess.run(["qemu-io", "--image-opts", f"driver=blklogwrites,file.driver=file,file.filename={disk},"
+                    f"log.driver=file,log.filename={log}{keys}", *args], check=True, stdout=subprocess.DEVNULL)
+
+
+def replay_all(log, image, *args):
+    n = len(replay("--log", log, "--list").out.splitlines())
+    assert replay("--log", log, "--out", image, "--at", n, *args).status == 0
+    return n
+
+
+@pytest.mark.skipif(not shutil.which("qemu-io"), reason="no qemu-io")
+def test_a_log_of_qemu_is_read(tmp_path):
+    disk, log, image = (tmp_path / n for n in ("disk", "log", "image"))
+    for path, size in ((disk, 8 << 20), (log, 64 << 20)):
+        path.touch()
+        os.truncate(path, size)
+    qemu_io(disk, log, "write -P 1 0 64k", "write -f -P 2 1M 8k", "flush", "write -z 4k 4k", "discard 1M 4k",
+            "write -P 7 3M 4k", log_sector_size=4096)
+    assert replay_all(log, image, "--size", "8M") >= 7
+    assert image.read_bytes() == disk.read_bytes()
+
+
+@pytest.mark.skipif(not shutil.which("qemu-io"), reason="no qemu-io")
+def test_our_log_is_read_by_qemu_which_goes_on_with_it(kvm, vmm, tmp_path):
+    disk, base, log, image = (tmp_path / n for n in ("disk", "base", "log", "image"))
+    disk.write_bytes(b"vmm disk".ljust(1 << 20, b"\0"))
+    shutil.copy(disk, base)
+    assert vmm("-k", guest("virtio-blk.elf"), "-m", "16M", "-M", "microvm", "--net", "none", "-d",
+               f"{disk},log={log}").status == 0
+    os.truncate(log, 1 << 20)       # room for more
+    qemu_io(disk, log, "write -P 9 8k 4k", log_append="on")
+    assert replay_all(log, image, "--base", base) >= 4
+    assert image.read_bytes() == disk.read_bytes()
+
+
 # ---- from a machine ----
 
 @pytest.mark.parametrize("keys", ["", ",cache=unsafe", ",fault=write:torn:at=1,werror=ignore"])
