@@ -179,15 +179,19 @@ int opts_size(struct opts *o, const char *key, uint64_t min, uint64_t max, uint6
 	return number(o, key, parse_size, "a size such as 512, 64K or 2G", min, max, val, err);
 }
 
-/* "a, b or c" */
+/* "a, b or c"; of what does not fit the first ones, and "..." */
 static void list_words(char *buf, size_t len, const char *const *words, unsigned nr)
 {
 	size_t n = 0;
 
 	buf[0] = '\0';
-	for (unsigned i = 0; i < nr && n < len; i++)
-		n += (size_t)snprintf(buf + n, len - n, "%s%s",
-			i == 0 ? "" : i + 1 == nr ? " or " : ", ", words[i]);
+	for (unsigned i = 0; i < nr; i++) {
+		if (n + strlen(words[i]) + sizeof(" or , ...") > len) {
+			snprintf(buf + n, len - n, ", ...");
+			return;
+		}
+		n += (size_t)snprintf(buf + n, len - n, "%s%s", i == 0 ? "" : i + 1 == nr ? " or " : ", ", words[i]);
+	}
 }
 
 int opts_choice(struct opts *o, const char *key, const char *const *choices, int *val,
@@ -210,9 +214,27 @@ int opts_choice(struct opts *o, const char *key, const char *const *choices, int
 		p->val ? p->val : "", words);
 }
 
+/* A known key that differs by a slip of the finger; NULL: none. */
+static const char *meant(const struct opts *o, const char *key)
+{
+	const char *best = NULL;
+	unsigned least = strlen(key) < 4 ? 2 : 3;
+
+	for (unsigned k = 0; k < o->nr_known; k++) {
+		unsigned d = word_distance(key, o->known[k]);
+
+		if (d < least) {
+			least = d;
+			best = o->known[k];
+		}
+	}
+	return best;
+}
+
 int opts_end(struct opts *o, struct error *err)
 {
 	for (unsigned i = 0; i < o->nr; i++) {
+		const char *near;
 		char words[300];
 		unsigned k;
 
@@ -221,8 +243,9 @@ int opts_end(struct opts *o, struct error *err)
 		if (k < o->nr_known)
 			continue;
 		list_words(words, sizeof(words), o->known, o->nr_known);
-		return error_set(err, EINVAL, "%s: unknown key '%s': accepted are %s", o->option,
-			o->part[i].key, o->nr_known ? words : "none");
+		near = meant(o, o->part[i].key);
+		return error_set(err, EINVAL, "%s: unknown key '%s'%s%s%s: accepted are %s", o->option, o->part[i].key,
+			near ? " (" : "", near ? near : "", near ? "?)" : "", o->nr_known ? words : "none");
 	}
 	return 0;
 }

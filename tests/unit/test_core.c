@@ -6,6 +6,7 @@
 #include <unistd.h>
 #include "unit.h"
 #include "vmm/bus.h"
+#include "vmm/cleanup.h"
 #include "vmm/error.h"
 #include "vmm/facts.h"
 #include "vmm/gmem.h"
@@ -63,6 +64,10 @@ START_TEST(test_opts_refuse_unknown_key_by_name)
 {
 	struct opts *o;
 	uint64_t v = 7;
+	static const char *const many[] = { "a_long_name_of_a_key_1", "a_long_name_of_a_key_2", "a_long_name_of_a_key_3",
+		"a_long_name_of_a_key_4", "a_long_name_of_a_key_5", "a_long_name_of_a_key_6", "a_long_name_of_a_key_7",
+		"a_long_name_of_a_key_8", "a_long_name_of_a_key_9", "a_long_name_of_a_key_10", "a_long_name_of_a_key_11",
+		"a_long_name_of_a_key_12", "a_long_name_of_a_key_13", "queues" };
 	bool b = false;
 
 	ck_assert_int_eq(opts_parse(&o, "--disk", "a,,b.img,ro,queues=4,fwd=1,fwd=2,typo=1", "file", &err), 0);
@@ -75,6 +80,13 @@ START_TEST(test_opts_refuse_unknown_key_by_name)
 	ck_assert_str_eq(err.msg, "--disk: queues=4: must be 5 to 8");
 	ck_assert_int_eq(opts_end(o, &err), -EINVAL);
 	ck_assert_str_eq(err.msg, "--disk: unknown key 'typo': accepted are file, ro, queues or fwd");
+	opts_free(o);
+	ck_assert_int_eq(opts_parse(&o, "--disk", "queus=1", NULL, &err), 0);
+	for (unsigned i = 0; i < ARRAY_LEN(many); i++)
+		opts_str(o, many[i]);
+	ck_assert_int_eq(opts_end(o, &err), -EINVAL);
+	ck_assert_ptr_nonnull(strstr(err.msg, "unknown key 'queus' (queues?): accepted are a_long_name_of_a_key_1, "));
+	ck_assert_str_eq(err.msg + strlen(err.msg) - 11, "key_12, ...");
 	opts_free(o);
 }
 END_TEST
