@@ -26,9 +26,40 @@ _vmm_disk_keys()
 	compopt -o nospace
 }
 
+_vmm_disk()
+{
+	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words
+	if [ "$COMP_CWORD" = 2 ]; then
+		COMPREPLY=($(compgen -W "create info check convert resize snapshot commit rebase map compare bench replay formats --help" -- "$cur"))
+		return
+	fi
+	case $prev in
+	-f|-O|-F|--format|--out-format|--backing-format|--second-format)
+		COMPREPLY=($(compgen -W "$("${COMP_WORDS[0]}" disk formats 2>/dev/null | cut -d' ' -f1)" -- "$cur"))
+		return ;;
+	--preallocate) words="off metadata falloc full" ;;
+	-r|--repair) words="leaks all" ;;
+	--output) words="human json" ;;
+	--cache) words="writeback writethrough unsafe" ;;
+	--sandbox) words="on off log" ;;
+	*)
+		if [[ $cur != -* ]]; then
+			COMPREPLY=($(compgen -f -- "$cur"))
+			compopt -o filenames
+			return
+		fi
+		words=$("${COMP_WORDS[0]}" disk "${COMP_WORDS[2]}" --help 2>/dev/null | grep -o -- '--[a-z-]*') ;;
+	esac
+	COMPREPLY=($(compgen -W "$words" -- "$cur"))
+}
+
 _vmm()
 {
 	local cur prev words line=${COMP_LINE:0:COMP_POINT}
+	if [ "$COMP_CWORD" -gt 1 ] && [ "${COMP_WORDS[1]}" = disk ]; then
+		_vmm_disk
+		return
+	fi
 	cur=${COMP_WORDS[COMP_CWORD]}
 	prev=${COMP_WORDS[COMP_CWORD-1]}
 	if [[ $line =~ [[:space:]](--disk|-d)[[:space:]]+([^[:space:]]+,[^[:space:]]*)$ ]]; then

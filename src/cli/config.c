@@ -396,6 +396,7 @@ static const struct option options[] = {
 void config_usage(void)
 {
 	printf("usage: vmm [run] --kernel FILE [OPTION]…\n"
+	       "       vmm disk COMMAND ...    disk images: make, check, convert (vmm disk --help)\n"
 	       "       vmm doctor [--json]     what this host can run\n"
 	       "       vmm --version | --help\n\n");
 	for (unsigned i = 0; i < ARRAY_LEN(options); i++) {

@@ -24,15 +24,18 @@
 #define QUIET        FLAG('q', "quiet", quiet, "say nothing but errors")
 #define SANDBOX      TEXT(0, "sandbox", sandbox, "on|off|log", "confinement of the process that reads images (on)")
 #define SHARE        FLAG('U', "share", share, "do not lock: look although a VM writes to it")
-#define BACKING_RULE TEXT(0, "backing", backing_rule, "allow|DIR", "backing files may be read: beside FILE, or below DIR")
-#define JSON         FLAG(0, "json", json, "as JSON"), TEXT(0, "output", output, "human|json", "the same, as qemu-img spells it")
+#define BACKING_RULE                                                                               \
+	TEXT(0, "backing", backing_rule, "allow|DIR", "backing files may be read: beside FILE, or below DIR")
+#define JSON                                                                                       \
+	FLAG(0, "json", json, "as JSON"),                                                          \
+	TEXT(0, "output", output, "human|json", "the same, as qemu-img spells it")
 #define PREALLOC     TEXT(0, "preallocate", prealloc, "HOW", "off, metadata, falloc or full")
 #define PROGRESS     FLAG('p', "progress", progress, "show how far it is")
 
 static const struct disk_option create_options[] = {
 	TEXT('f', "format", format, "FMT", "format to make (raw; 'vmm disk formats')"),
-	TEXT('o', "options", options, "K=V,...", "cluster_size, preallocation, compat (0.10, 1.1), refcount_bits, extended_l2,"),
-	TEXT('b', "backing-file", backing, "FILE", "make an overlay; compression_type, backing_file, backing_fmt, static: of -o"),
+	TEXT('o', "options", options, "K=V,...", "cluster_size=64k, compression_type=zstd, ...: vmm-disk(1)"),
+	TEXT('b', "backing-file", backing, "FILE", "make an overlay over FILE, which is seen from the new one"),
 	TEXT('F', "backing-format", backing_format, "FMT", "format of the backing file"),
 	PREALLOC, QUIET, SANDBOX,
 };
@@ -102,31 +105,44 @@ static const struct disk_option bench_options[] = {
 
 #define OPTIONS(table) .options = table, .nr_options = ARRAY_LEN(table)
 static const struct disk_command commands[] = {
-	{ .name = "create", .usage = "FILE [SIZE]", .words = "Make an image. SIZE: 512, 64M, 10G; that of the backing file where there is one.",
+	{ .name = "create", .brief = "make an image", .usage = "FILE [SIZE]",
+		.words = "Make an image. SIZE: 512, 64M, 10G; that of the backing file where there is one.",
 		OPTIONS(create_options), .least = 1, .most = 2, .prepare = create_prepare, .work = create_work },
-	{ .name = "info", .usage = "FILE", .words = "What an image says about itself.", OPTIONS(info_options), .least = 1,
-		.most = 1, .memory = LOOK_MEMORY, .cpu_seconds = LOOK_SECONDS, .prepare = info_prepare, .work = info_work },
-	{ .name = "check", .usage = "FILE", .words = "Check the metadata. Status: 0 clean, 1 could not be done, 2 corrupt, "
-		"3 leaks, 63 the format has no check.", OPTIONS(check_options), .least = 1, .most = 1,
-		.memory = LOOK_MEMORY, .prepare = check_prepare, .work = check_work },
-	{ .name = "convert", .usage = "SRC... DST", .words = "Copy disks, one behind the other, into an image of any format. "
-		"DST is removed if it does not get complete.", OPTIONS(convert_options), .least = 2, .most = DISK_FILES - 2,
-		.prepare = convert_prepare, .work = convert_work },
-	{ .name = "resize", .usage = "FILE [+|-]SIZE", .words = "Change the size of a disk.", OPTIONS(resize_options),
-		.least = 2, .most = 2, .prepare = resize_prepare, .work = resize_work },
-	{ .name = "snapshot", .usage = "[list|create NAME|apply NAME|delete NAME] FILE", .words = "Internal snapshots.",
+	{ .name = "info", .brief = "what it says about itself", .usage = "FILE",
+		.words = "What an image says about itself.",
+		OPTIONS(info_options), .least = 1, .most = 1, .memory = LOOK_MEMORY, .cpu_seconds = LOOK_SECONDS,
+		.prepare = info_prepare, .work = info_work },
+	{ .name = "check", .brief = "is its metadata sound?", .usage = "FILE",
+		.words = "Check the metadata. Status: 0 clean, 1 could not be done, 2 corrupt, 3 leaks, 63 the format has no "
+			"check.",
+		OPTIONS(check_options), .least = 1, .most = 1, .memory = LOOK_MEMORY, .prepare = check_prepare,
+		.work = check_work },
+	{ .name = "convert", .brief = "into any other format", .usage = "SRC... DST",
+		.words = "Copy disks, one behind the other, into an image of any format. DST is removed if it does not get "
+			"complete.",
+		OPTIONS(convert_options), .least = 2, .most = DISK_FILES - 2, .prepare = convert_prepare,
+		.work = convert_work },
+	{ .name = "resize", .brief = "change the size", .usage = "FILE [+|-]SIZE", .words = "Change the size of a disk.",
+		OPTIONS(resize_options), .least = 2, .most = 2, .prepare = resize_prepare, .work = resize_work },
+	{ .name = "snapshot", .brief = "internal snapshots", .usage = "[list|create NAME|apply NAME|delete NAME] FILE",
+		.words = "Internal snapshots.",
 		OPTIONS(snapshot_options), .least = 1, .most = 3, .prepare = snapshot_prepare, .work = snapshot_work },
-	{ .name = "commit", .usage = "FILE", .words = "Write what an overlay holds into its backing file, then empty it.",
+	{ .name = "commit", .brief = "an overlay into its backing file", .usage = "FILE",
+		.words = "Write what an overlay holds into its backing file, then empty it.",
 		OPTIONS(commit_options), .least = 1, .most = 1, .prepare = commit_prepare, .work = commit_work,
 		.finish = commit_finish },
-	{ .name = "rebase", .usage = "FILE", .words = "Give an overlay another backing file; its disk stays what it is.",
+	{ .name = "rebase", .brief = "another backing file", .usage = "FILE",
+		.words = "Give an overlay another backing file; its disk stays what it is.",
 		OPTIONS(rebase_options), .least = 1, .most = 1, .prepare = rebase_prepare, .work = rebase_work },
-	{ .name = "map", .usage = "FILE", .words = "Where the data of a disk lies.", OPTIONS(map_options), .least = 1, .most = 1,
-		.memory = LOOK_MEMORY, .cpu_seconds = LOOK_SECONDS, .prepare = info_prepare, .work = map_work },
-	{ .name = "compare", .usage = "A B", .words = "Whether two disks read the same. Status: 0 they do, 1 they differ, 2 could not be done.",
-		OPTIONS(compare_options), .least = 2, .most = 2, .failed = 2, .prepare = compare_prepare, .work = compare_work },
-	{ .name = "bench", .usage = "FILE", .words = "Time requests, one behind the other.", OPTIONS(bench_options),
-		.least = 1, .most = 1, .prepare = bench_prepare, .work = bench_work },
+	{ .name = "map", .brief = "where the data lies", .usage = "FILE", .words = "Where the data of a disk lies.",
+		OPTIONS(map_options), .least = 1, .most = 1, .memory = LOOK_MEMORY, .cpu_seconds = LOOK_SECONDS,
+		.prepare = info_prepare, .work = map_work },
+	{ .name = "compare", .brief = "do two disks hold the same?", .usage = "A B",
+		.words = "Status: 0 the same, 1 they differ, 2 could not be done.",
+		OPTIONS(compare_options), .least = 2, .most = 2, .failed = 2, .prepare = compare_prepare,
+		.work = compare_work },
+	{ .name = "bench", .brief = "time requests", .usage = "FILE", .words = "Time requests, one behind the other.",
+		OPTIONS(bench_options), .least = 1, .most = 1, .prepare = bench_prepare, .work = bench_work },
 };
 
 static int formats(int argc, char **argv)
@@ -146,9 +162,10 @@ static void usage(FILE *f)
 {
 	fputs("usage: vmm disk COMMAND [OPTION]... FILE...\n\n", f);
 	for (size_t i = 0; i < ARRAY_LEN(commands); i++)
-		fprintf(f, "  %-9s %.*s\n", commands[i].name, (int)strcspn(commands[i].words, ".:(;"), commands[i].words);
-	fputs("  replay    Disks that a power cut could have left, from the log of --disk FILE,log=FILE\n"
-		"  formats   Each format, and what can be done with its images\n\n"
+		fprintf(f, "  %-9s %-46s %s\n", commands[i].name, commands[i].usage, commands[i].brief);
+	fprintf(f, "  %-9s %-46s %s\n", "replay", "--log FILE --out PATH ...", "disks that a power cut could have left");
+	fprintf(f, "  %-9s %-46s %s\n\n", "formats", "", "what this binary knows");
+	fputs(
 		"'vmm disk COMMAND --help' lists the options: those of qemu-img, where it has them.\n"
 		"A format is said with -f, never guessed; without -f it is raw, and refused if it looks like another one.\n"
 		"Backing files are read only with --backing=allow (beside the image) or --backing=DIR (below DIR).\n"

@@ -89,7 +89,7 @@ struct disk_option {
 };
 
 struct disk_command {
-	const char *name, *usage, *words;
+	const char *name, *brief, *usage, *words;
 	const struct disk_option *options;
 	unsigned nr_options;
 	unsigned least, most;   /* positionals */

@@ -1,10 +1,10 @@
 /*
  * vmm disk commit, rebase: data that goes from an overlay to its backing file, and the other way.
  *
- * How this works. commit writes what the overlay itself holds into the backing image and makes that durable; only then
- * the overlay is emptied: an empty one is made beside it and takes its name, so that at any instant the name
- * stands for an image that reads the same. rebase copies what the new backing file has otherwise into the overlay and makes it durable;
- * only then the overlay names the new one.
+ * How this works. commit writes what the overlay itself holds into the backing image and makes that durable; only
+ * then the overlay is emptied: an empty one is made beside it and takes its name, so that at any instant the
+ * name stands for an image that reads the same. rebase copies what the new backing file has otherwise into the
+ * overlay and makes that durable; only then the overlay names the new one.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -81,8 +81,8 @@ static int open_target(struct disk_args *a, struct image *top, struct image **re
 	if (!image_backing_name(top))
 		return error_set(err, EINVAL, "'%s' has no backing file", a->file[0].path);
 	if (!image_backing_format(top))
-		return error_set(err, EINVAL, "'%s' does not say which format its backing file has: 'vmm disk rebase -u -b FILE -F FORMAT "
-			"%s' says it", a->file[0].path, a->file[0].path);
+		return error_set(err, EINVAL, "'%s' does not say which format its backing file has: 'vmm disk rebase -u -b "
+			"FILE -F FORMAT %s' says it", a->file[0].path, a->file[0].path);
 	a->file[k].fd = disk_backing_for_writing(a, top, err);
 	if (a->file[k].fd < 0)
 		return a->file[k].fd;

@@ -2,8 +2,8 @@
  * vmm disk convert.
  *
  * How this works. The main thread walks the map of the source and cuts it into jobs, a chunk of the output each; the
- * crew fetches, decompresses and looks for zeroes. A raw output is written by the crew, too, each job where it belongs; any
- * other by the main thread, job after job, because an image belongs to one thread:
+ * crew fetches, decompresses and looks for zeroes. A raw output is written by the crew, too, each job where it
+ * belongs; any other by the main thread, job after job, because an image belongs to one thread:
  *
  *      source map -> job: pieces -> crew: fetch, zeroes? -+-> raw: pwrite there
  *                                                         +-> main: image_write() in order
