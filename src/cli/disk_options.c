@@ -171,8 +171,8 @@ void disk_command_usage(const struct disk_command *c)
 
 /* ---- -o ---- */
 
-/* opts_*() take the value's words; -o has qemu-img's keys. */
-static int parse_options(struct disk_args *a, struct opts *o, const char **prealloc, struct error *err)
+/* qemu-img's keys. Texts are kept to the end. */
+static int parse_options(struct disk_args *a, struct opts *o, struct error *err)
 {
 	static const char *const compats[] = { "0.10", "1.1", "v2", "v3", NULL };
 	static const char *const types[] = { "zlib", "zstd", NULL };
@@ -196,8 +196,8 @@ static int parse_options(struct disk_args *a, struct opts *o, const char **preal
 	}
 	if (opts_str(o, "backing_fmt"))
 		a->backing_format = strdup(opts_str(o, "backing_fmt"));
-	if (opts_str(o, "preallocation"))
-		*prealloc = strdup(opts_str(o, "preallocation"));
+	if (opts_str(o, "preallocation") && !a->prealloc)
+		a->prealloc = strdup(opts_str(o, "preallocation"));
 	c->cluster = (uint32_t)cluster;
 	c->refcount_bits = (unsigned)bits;
 	c->version = compat < 0 ? 0 : compat % 2 ? 3 : 2;
@@ -220,7 +220,6 @@ static int parse_prealloc(const char *text, enum image_prealloc *to, struct erro
 
 int disk_parse_create(struct disk_args *a, const char *format, struct error *err)
 {
-	const char *prealloc = NULL;
 	struct opts *o = NULL;
 	int r;
 
@@ -228,13 +227,12 @@ int disk_parse_create(struct disk_args *a, const char *format, struct error *err
 	if (a->options) {
 		r = opts_parse(&o, "-o", a->options, NULL, err);
 		if (!r)
-			r = parse_options(a, o, &prealloc, err);
+			r = parse_options(a, o, err);
 		opts_free(o);
 		if (r)
 			return r;
 	}
-	prealloc = a->prealloc ? a->prealloc : prealloc;
-	return prealloc ? parse_prealloc(prealloc, &a->create.prealloc, err) : 0;
+	return a->prealloc ? parse_prealloc(a->prealloc, &a->create.prealloc, err) : 0;
 }
 
 int disk_open_backing(struct disk_args *a, const char *path, struct error *err)

@@ -117,7 +117,7 @@ int info_work(struct disk_args *a, struct error *err)
 	struct image *top;
 	int r;
 
-	r = disk_image(a, &top, 0, format, (struct image_how){ .readonly = true, .alone = !a->chain, .share = true }, err);
+	r = disk_image(a, &top, 0, format, (struct image_how){ .readonly = true, .alone = !a->chain }, err);
 	if (r)
 		return r;
 	if (a->json && a->chain)
