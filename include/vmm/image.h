@@ -31,6 +31,7 @@ struct image_how {
 	bool share;                     /* do not lock: only with readonly, only to look */
 	bool alone;                     /* do not open the backing image: holes read as zeroes */
 	bool repair;                    /* open for writing although dirty or corrupt: image_check() will mend it */
+	const char *snapshot;           /* id or name: the disk as it was then; only with readonly. NULL: as it is */
 	const char *backing_dir;        /* "allow": backing files may lie under this directory; NULL: an image with one is refused */
 	const struct image_opener *opener;      /* instead of backing_dir; NULL: by backing_dir */
 	int fd;                         /* > 0: the file, already open; it is taken over also in failure. path then only names it */
@@ -150,6 +151,10 @@ int  image_fetch(const struct image_piece *p, struct image_scratch *s, void *buf
 void image_scratch_free(struct image_scratch *s);
 /* One whole cluster at off, compressed by the image's method; -EOPNOTSUPP; stored plainly where that is no longer. */
 int  image_write_compressed(struct image *i, const void *cluster, uint64_t off);
+/* The same for threads that compress: bytes of z[cluster], 0: store it plainly. Any thread, while the image is open. */
+size_t image_compress(const struct image *i, const void *cluster, void *z);
+bool image_compresses(const struct image *i);           /* image_compress() and image_write_packed() are there */
+int  image_write_packed(struct image *i, const void *z, size_t n, uint64_t off);        /* what image_compress() gave, 1 or more */
 
 int  image_create(const char *path, const struct image_create *c, struct error *err);
 int  image_resize(struct image *i, uint64_t size, enum image_prealloc prealloc, bool shrink, struct error *err);

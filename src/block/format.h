@@ -165,6 +165,11 @@ struct format_ops {
 
 	/* Tools; image->blocking is set, so no -EAGAIN. */
 	int  (*write_compressed)(struct image *i, const void *cluster, uint64_t off);
+	/* The same in two steps: the bytes of a cluster into out[cluster], 0: it is not worth it (pure: any thread); and where they go. */
+	size_t (*compress)(const struct image *i, const void *cluster, void *out);
+	int  (*write_packed)(struct image *i, const void *z, size_t n, uint64_t off);
+	/* Just opened, read-only: the disk as it was at an internal snapshot, id or name, from now on. */
+	int  (*use_snapshot)(struct image *i, const char *which, struct error *err);
 	/* f is an empty, open, locked file. The first bytes that say what it is are written last. */
 	int  (*create)(struct host_file *f, const struct image_create *c, struct error *err);
 	int  (*resize)(struct image *i, uint64_t size, enum image_prealloc prealloc, struct error *err);

@@ -289,6 +289,9 @@ static int open_one(struct image **ret, const char *path, const struct image_how
 	r = i->path ? open_file(i, how, err) : error_set(err, ENOMEM, "out of memory");
 	if (!r) {
 		r = fmt->open(i, how, err);
+		if (!r && how->snapshot)
+			r = fmt->use_snapshot ? fmt->use_snapshot(i, how->snapshot, err)
+				: error_set(err, EOPNOTSUPP, "format %s has no internal snapshots", fmt->name);
 		if (r)
 			error_prefix(err, "'%s': ", path);
 	}
@@ -808,6 +811,23 @@ int image_write_compressed(struct image *i, const void *cluster, uint64_t off)
 	if (r)
 		return r;
 	return i->fmt->write_compressed ? i->fmt->write_compressed(i, cluster, off) : -EOPNOTSUPP;
+}
+
+size_t image_compress(const struct image *i, const void *cluster, void *z)
+{
+	return i->fmt->compress(i, cluster, z);
+}
+
+bool image_compresses(const struct image *i)
+{
+	return i->fmt->compress;
+}
+
+int image_write_packed(struct image *i, const void *z, size_t n, uint64_t off)
+{
+	int r = check_change(i, off, 0);
+
+	return r ? r : i->fmt->write_packed(i, z, n, off);
 }
 
 /* ---- metadata ---- */
