@@ -59,6 +59,7 @@ static const struct disk_option convert_options[] = {
 	SIZE('S', "sparse", sparse, "SIZE", "look for zeroes in pieces of SIZE (4k); 0: write them"),
 	NUM('m', "threads", threads, "N", "threads that read (as many as CPUs)"),
 	FLAG('W', "unordered", unordered, "write what is read first, in any order"),
+	TEXT('l', "snapshot", snapshot, "NAME", "the disk as it was at an internal snapshot of SRC"),
 	FLAG('n', "no-create", no_create, "DST is there: write into it"),
 	PREALLOC, PROGRESS, BACKING_RULE, SHARE, QUIET, SANDBOX,
 };

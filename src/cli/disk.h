@@ -53,7 +53,7 @@ struct disk_args {
 	const struct disk_command *command;
 	/* options, as the tables in disk.c name them */
 	const char *format, *out_format, *options, *backing, *backing_format, *backing_rule, *prealloc, *output;
-	const char *repair, *cache, *snapshot_create, *snapshot_apply, *snapshot_delete, *sandbox;
+	const char *repair, *cache, *snapshot_create, *snapshot_apply, *snapshot_delete, *snapshot, *sandbox;
 	bool help, quiet, json, chain, share, compress, progress, no_create, unordered, shrink, unsafe, strict, keep, write;
 	bool snapshot_list;
 	uint64_t sparse, threads, count, depth, request;

@@ -221,7 +221,9 @@ static void child(struct disk_args *a, pid_t parent)
 	if (r < 0)
 		log_error("disk %s: %s", a->command->name, err.msg);
 	if (fflush(stdout) && r >= 0) {
-		log_error("disk %s: cannot write to standard output: %s", a->command->name, strerrordesc_np(errno));
+		if (errno != EPIPE)     /* who reads has had enough */
+			log_error("disk %s: cannot write to standard output: %s", a->command->name,
+				strerrordesc_np(errno));
 		r = -EIO;
 	}
 	exit(r < 0 ? disk_failed(a->command) : r);
@@ -326,7 +328,7 @@ static void remove_unfinished(struct disk_args *a)
 			unlink(a->file[k].path);
 	if (a->fresh)
 		unlink(a->fresh);
-	a->fresh = NULL;
+	free(TAKE_PTR(a->fresh));
 }
 
 static int wait_for(pid_t pid)

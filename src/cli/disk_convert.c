@@ -2,7 +2,7 @@
  * vmm disk convert.
  *
  * How this works. The main thread walks the map of the source and cuts it into jobs, a chunk of the output each; the
- * crew fetches, decompresses and looks for zeroes. A raw output is written by the crew, too, each job where it
+ * crew fetches, decompresses, looks for zeroes and compresses. A raw output is written by the crew, too, each job where it
  * belongs; any other by the main thread, job after job, because an image belongs to one thread:
  *
  *      source map -> job: pieces -> crew: fetch, zeroes? -+-> raw: pwrite there
@@ -36,6 +36,7 @@ struct conversion {
 	size_t unit;            /* bytes that are zero or not as one; 0: all is written */
 	bool raw;               /* the crew writes */
 	bool blank;             /* where nothing is written, zeroes are read */
+	struct crew_how how;
 	struct crew *crew;
 	struct disk_progress progress;
 };
@@ -66,7 +67,8 @@ int convert_prepare(struct disk_args *a, struct error *err)
 static int open_sources(struct conversion *v, struct error *err)
 {
 	for (unsigned k = 0; k + 1 < v->a->nr; k++) {
-		int r = disk_image(v->a, &v->src[k], k, v->a->format, (struct image_how){ .readonly = true }, err);
+		int r = disk_image(v->a, &v->src[k], k, v->a->format,
+			(struct image_how){ .readonly = true, .snapshot = v->a->snapshot }, err);
 
 		if (r)
 			return r;
@@ -121,7 +123,6 @@ static int choose(struct conversion *v, struct error *err)
 	struct disk_args *a = v->a;
 	uint32_t cluster = image_cluster(v->dst);
 	unsigned threads = a->threads ? (unsigned)a->threads : MIN(a->cpus, THREADS);
-	struct crew_how how = { .threads = threads, .raw_fd = -1 };
 
 	v->raw = !cluster;
 	if (a->compress && v->raw)
@@ -135,10 +136,10 @@ static int choose(struct conversion *v, struct error *err)
 	v->chunk = MIN(MAX(CHUNK, cluster), CHUNK_MOST);
 	/* A cluster is written whole, unless it is so large that what stays a hole in the file is worth it. */
 	v->unit = a->sparse ? MAX(a->sparse, MIN(cluster, UNIT_MOST)) : 0;
-	how.room = v->chunk;
-	how.unit = v->unit;
-	how.raw_fd = v->raw ? a->file[a->nr - 1].fd : -1;
-	v->crew = crew_new(&how);
+	v->how = (struct crew_how){ .threads = threads, .room = v->chunk, .unit = v->unit,
+		.packs = a->compress && image_compresses(v->dst) ? v->dst : NULL,
+		.raw_fd = v->raw ? a->file[a->nr - 1].fd : -1 };
+	v->crew = crew_new(&v->how);
 	return v->crew ? 0 : error_errno(err, errno, "cannot start %u threads (-m)", threads);
 }
 
@@ -149,26 +150,28 @@ static int put_zeroes(struct conversion *v, uint64_t off, uint64_t len)
 	return v->blank || !len ? 0 : image_zero(v->dst, off, len, true);
 }
 
-static bool all_zero(const struct conversion *v, const struct crew_job *j, uint64_t at, uint64_t end)
+static int put_cluster(struct conversion *v, struct crew_job *j, uint64_t at, uint32_t cluster)
 {
-	while (at < end && j->zero[at / v->unit])
-		at = (at / v->unit + 1) * v->unit;
-	return at >= end;
+	uint64_t end = MIN(at + cluster, j->len), off = j->off + at;
+	size_t packed = v->how.packs ? j->z_len[at / cluster] : 0;
+
+	if (crew_zero(&v->how, j, at, end))
+		return put_zeroes(v, off, end - at);
+	if (!v->how.packs)
+		return image_write_compressed(v->dst, j->buf + at, off);
+	return packed ? image_write_packed(v->dst, j->z + at, packed, off)
+		      : image_write(v->dst, j->buf + at, end - at, off);
 }
 
 static int put_compressed(struct conversion *v, struct crew_job *j)
 {
 	uint32_t cluster = image_cluster(v->dst);
-	uint64_t end = (j->len + cluster - 1) / cluster * cluster;
 	int r = 0;
 
-	memset(j->buf + j->len, 0, end - j->len);
-	for (uint64_t at = 0; !r && at < end; at += cluster) {
-		if (v->unit && all_zero(v, j, at, MIN(at + cluster, j->len)))
-			r = put_zeroes(v, j->off + at, MIN(cluster, j->len - at));
-		else
-			r = image_write_compressed(v->dst, j->buf + at, j->off + at);
-	}
+	if (j->len % cluster)
+		memset(j->buf + j->len, 0, cluster - j->len % cluster);
+	for (uint64_t at = 0; !r && at < j->len; at += cluster)
+		r = put_cluster(v, j, at, cluster);
 	return r;
 }
 

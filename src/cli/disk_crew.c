@@ -78,12 +78,32 @@ static int write_raw(const struct crew_how *h, const struct crew_job *j)
 	return r;
 }
 
+bool crew_zero(const struct crew_how *how, const struct crew_job *j, uint64_t at, uint64_t end)
+{
+	while (how->unit && at < end && j->zero[at / how->unit])
+		at = (at / how->unit + 1) * how->unit;
+	return at >= end;
+}
+
+static void pack(const struct crew_how *h, struct crew_job *j)
+{
+	uint32_t cluster = image_cluster(h->packs);
+	uint64_t end = (j->len + cluster - 1) / cluster * cluster;
+
+	memset(j->buf + j->len, 0, end - j->len);
+	for (uint64_t at = 0; at < end; at += cluster)
+		j->z_len[at / cluster] = crew_zero(h, j, at, MIN(at + cluster, j->len)) ? 0
+			: image_compress(h->packs, j->buf + at, j->z + at);
+}
+
 static int do_job(const struct crew_how *h, struct crew_job *j, struct image_scratch *s)
 {
 	int r = fetch(j, s);
 
 	for (uint64_t at = 0; !r && h->unit && at < j->len; at += h->unit)
 		j->zero[at / h->unit] = is_zero(j->buf + at, MIN(h->unit, j->len - at));
+	if (!r && h->packs)
+		pack(h, j);
 	return !r && h->raw_fd >= 0 ? write_raw(h, j) : r;
 }
 
@@ -160,6 +180,11 @@ struct crew *crew_new(const struct crew_how *how)
 		c->job[k].buf = aligned_alloc(4096, (how->room + 4095) / 4096 * 4096);
 		c->job[k].zero = calloc(units, sizeof(bool));
 		ok = c->job[k].buf && c->job[k].zero;
+		if (how->packs) {
+			c->job[k].z = malloc(how->room);
+			c->job[k].z_len = calloc(how->room / image_cluster(how->packs), sizeof(size_t));
+			ok = ok && c->job[k].z && c->job[k].z_len;
+		}
 	}
 	r = ok ? start_threads(c) : ENOMEM;
 	if (!r)
@@ -182,6 +207,8 @@ void crew_free(struct crew *c)
 	for (unsigned k = 0; c->job && k < c->nr_jobs; k++) {
 		free(c->job[k].buf);
 		free(c->job[k].zero);
+		free(c->job[k].z);
+		free(c->job[k].z_len);
 	}
 	pthread_cond_destroy(&c->work);
 	pthread_cond_destroy(&c->done);

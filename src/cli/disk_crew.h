@@ -20,6 +20,8 @@ struct crew_job {
 	/* the thread that works on it, until it is done */
 	uint8_t *buf;                   /* room as crew_new() was told */
 	bool *zero;                     /* by unit: nothing but zeroes */
+	uint8_t *z;                     /* by cluster of crew_how.packs: its bytes compressed */
+	size_t *z_len;                  /* of each: 0: not compressed */
 	int r;
 	/* crew.c, under its lock */
 	enum crew_state state;
@@ -30,6 +32,7 @@ struct crew_how {
 	unsigned threads;
 	size_t room;                    /* bytes of a job at most */
 	size_t unit;                    /* bytes that are zero as one; 0: do not look */
+	const struct image *packs;      /* compress for this image, what is not zero; NULL: do not. Clusters divide room */
 	int raw_fd;                     /* >= 0: write what is not zero there, at off */
 };
 struct crew;
@@ -41,5 +44,6 @@ struct crew_job *crew_idle(struct crew *c);             /* one to fill, NULL: ta
 void crew_submit(struct crew *c, struct crew_job *j);
 /* Wait for the one submitted first, or for any; NULL: none is out. */
 struct crew_job *crew_done(struct crew *c, bool any);
+bool crew_zero(const struct crew_how *how, const struct crew_job *j, uint64_t at, uint64_t end);        /* all units of [at, end) */
 void crew_release(struct crew *c, struct crew_job *j);  /* it is idle again */
 #endif

@@ -237,12 +237,17 @@ def test_convert_into_what_is_there(raw, tmp_path):
 
 
 @pytest.mark.parametrize("fmt", [f for f in MAPPED if f == "qcow2"])
-def test_convert_compressed(fmt, tmp_path):
+@pytest.mark.parametrize("options", [[], ["-o", "compression_type=zstd"], ["-m", "1", "-S", "0"], ["-o", "cluster_size=4k"],
+                                     ["-W"]], ids=" ".join)
+def test_convert_compressed(fmt, options, tmp_path):
     src = tmp_path / "src"
-    src.write_bytes(b"all work and no play " * 100000 + bytes(20 * 1024 * 1024 - 2100000))
-    disk("convert", "-c", "-O", fmt, src, tmp_path / "out")
+    src.write_bytes(b"all work and no play " * 100000 + bytes(MIB) + random.Random(5).randbytes(200000) + bytes(10 * MIB - 299776))
+    disk("convert", "-c", "-O", fmt, *options, src, tmp_path / "out")
     same(tmp_path / "out", fmt, src)
+    disk("check", "-f", fmt, tmp_path / "out")
     assert (tmp_path / "out").stat().st_blocks * 512 < MIB
+    disk("convert", "-f", fmt, tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes().ljust(src.stat().st_size, b"\0") == src.read_bytes()
     if QEMU_IMG:
         qemu("compare", "-f", fmt, tmp_path / "out", src)
 
@@ -436,6 +441,11 @@ def test_snapshots(raw, tmp_path):
     disk("snapshot", "create", "second", "-f", "qcow2", img)
     assert [s["name"] for s in json.loads(disk("snapshot", "--json", "-f", "qcow2", img))["snapshots"]] == ["first", "second"]
     disk("compare", "-f", "qcow2", img, raw, status=1)
+    now, then = tmp_path / "now", tmp_path / "then"
+    disk("convert", "-f", "qcow2", img, now)
+    disk("convert", "-f", "qcow2", "-l", "first", img, then)
+    assert then.read_bytes() == raw.read_bytes() != now.read_bytes()
+    refused("convert", "-f", "qcow2", "--snapshot", "gone", img, tmp_path / "out", words="'gone'")
     disk("snapshot", "apply", "first", "-f", "qcow2", img)
     same(img, "qcow2", raw)
     disk("snapshot", "-d", "second", "-f", "qcow2", img)
@@ -448,6 +458,8 @@ def test_snapshots(raw, tmp_path):
 def test_raw_has_no_snapshots(raw):
     for args in (["list"], ["create", "x"]):
         refused("snapshot", *args, raw, words="no internal snapshots")
+    refused("convert", "-l", "x", raw, raw.parent / "out", words="no internal snapshots")
+    assert not (raw.parent / "out").exists()
 
 
 # ---- chains ----
