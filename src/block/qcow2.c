@@ -695,4 +695,5 @@ const struct format_ops qcow2_format = {
 	.write_compressed = qcow2_write_compressed,
 	.create = qcow2_create,
 	.describe = qcow2_describe,
+	.check = qcow2_check,
 };

@@ -7,7 +7,8 @@
  *   qcow2_refs.c      refcounts, clusters taken and given back, what is metadata
  *   qcow2_alloc.c     L2 tables that change: writes, discards, compressed clusters; metadata on its way out
  *   qcow2_create.c    new images, preallocation
- *   qcow2_check.c     check and repair, resize, the backing file's name
+ *   qcow2_check.c     check and repair
+ *   qcow2_resize.c    another size, another backing file's name
  *   qcow2_snapshot.c  internal snapshots
  *
  * Source: docs/interop/qcow2.txt of QEMU ("the spec"). All numbers on disk are big-endian.
@@ -303,6 +304,13 @@ int  qcow2_create(struct host_file *f, const struct image_create *c, struct erro
 /* Tools: give every cluster of guest bytes [from, to) that has none one, as prealloc says. */
 int  qcow2_preallocate(struct image *i, uint64_t from, uint64_t to, enum image_prealloc prealloc, struct error *err);
 
-/* ---- qcow2_check.c, qcow2_snapshot.c: see format.h ---- */
+/* ---- qcow2_check.c, qcow2_snapshot.c, qcow2_resize.c: see format.h ---- */
+
+int  qcow2_check(struct image *i, enum image_repair repair, struct image_check *c, struct error *err);
+/*
+ * Tools: all that is in memory anew from the file, of which everything was written. repair as in image_how. Where
+ * that fails the image keeps what it had and is not changed any more.
+ */
+int  qcow2_reopen(struct image *i, bool repair, struct error *err);
 
 #endif

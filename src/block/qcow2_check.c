@@ -1,0 +1,1575 @@
+/*
+ * qcow2: who uses which cluster, counted anew from the file, compared with what the file says, and mended.
+ *
+ * How this works. A scan reads the file itself, not the caches of the open image, and counts:
+ *
+ *      header, L1 tables, refcount structure, snapshot table, bitmaps     "metadata": one user each, whole clusters
+ *      L1 entries                                                       -> L2 tables, once for each entry
+ *      L2 tables, each read once, however many L1 entries lead there    -> clusters, so many times
+ *
+ * and then compares with the refcount blocks. Counters stand in cells of 64 clusters, found by a hash: memory grows
+ * with what the file refers to, not with the offsets it names. Every table is read once, holes are skipped.
+ *
+ * Mending changes one thing at a time and scans again in between, so that each step sees the truth:
+ *
+ *      entries that make no sense -> snapshot table -> refcount structure, if unusable, anew at the end of the file
+ *      -> refcounts -> COPIED flags -> dirty and corrupt bits
+ *
+ * After a kill in between the image is as damaged as before or less, and mending can start again.
+ */
+#include <endian.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include "vmm/cleanup.h"
+#include "vmm/error.h"
+#include "qcow2.h"
+
+#define CELL        64u                 /* clusters in a cell */
+#define CELL_CHUNK  1024u               /* cells allocated at once */
+#define CELLS_LEAST (64u << 10)         /* cells that any file may have, whatever its size */
+#define REFS_MAX    UINT16_MAX          /* this often or more */
+#define READ_CHUNK  (64u << 10)
+#define WORDS_MAX   1000u
+#define EXTRA_MAX   1024u
+#define BITMAPS_MAX 65535u
+#define BITMAP_BYTES (1u << 30)         /* of one bitmap's table */
+
+#define ALL_ZERO     0xffffffff00000000ull     /* subclusters: all read as zeroes */
+
+struct cell {
+	uint64_t key;                   /* host cluster / CELL */
+	uint64_t meta, counts;          /* metadata; the refcount structure */
+	uint64_t l2, active;            /* L2 tables; those of the disk as it is now */
+	uint64_t once, sole;            /* refcount in the file is 1 (after mending); one user was counted */
+	uint16_t refs[CELL];
+};
+
+struct l1 {
+	uint64_t off;
+	uint32_t n;
+	bool active;
+};
+
+struct snap {
+	uint64_t at;                    /* in the file */
+	uint32_t len, extra;
+	bool bad, brief;                /* cannot be kept; lacks what version 3 wants */
+};
+
+enum fault { FINE, UNALIGNED, OUTSIDE, IN_METADATA, IN_REFCOUNTS, RESERVED, BITMAP };
+
+struct scan {
+	struct image *i;
+	struct image_check *c;
+	const struct qcow2 *q;          /* the shape of clusters and refcounts; the rest is read again */
+	struct qcow2_header h;
+	uint32_t cluster;
+	bool ext;                       /* extended L2 entries */
+	uint64_t bytes, n;              /* of the file; its clusters, the last may be a part */
+	uint64_t top;                   /* clusters before this may be in use */
+	bool sparse, quiet;
+	bool no_refs;                   /* the refcount structure is not there */
+	enum image_repair fix;          /* what this scan mends on its way: refcounts, COPIED */
+
+	struct cell **chunk;
+	uint32_t *hash, hash_size, cells, cells_most;
+
+	struct l1 *l1;
+	uint32_t l1_n;
+	struct snap *snap;
+	uint32_t snap_n, snap_room;
+	uint64_t *rt;                   /* refcount table; entries that cannot be used are 0 */
+	uint64_t rt_n;
+	uint64_t *l2_list;              /* host clusters of the L2 tables, in order */
+	uint32_t l2_n;
+	void *table;                    /* one cluster */
+
+	uint64_t corruptions, leaks, errors;
+	uint64_t bad_entries;
+	bool unreadable;                /* something could not be read: what looks unused may be used */
+	bool bad_refs, bad_snaps, bad_bitmaps;  /* refcount structure, snapshot table, bitmaps cannot be used as they are */
+};
+
+/* ---- words ---- */
+
+__attribute__((format(printf, 2, 0)))
+static void say(struct scan *k, const char *fmt, va_list ap)
+{
+	char text[200];
+
+	if (k->quiet || !k->c->complain || k->c->words >= WORDS_MAX)
+		return;
+	k->c->words++;
+	vsnprintf(text, sizeof(text), fmt, ap);
+	k->c->complain(k->c, k->c->words == WORDS_MAX ? "there is more" : text);
+}
+
+__attribute__((format(printf, 3, 4)))
+static void found(struct scan *k, uint64_t *count, const char *fmt, ...)
+{
+	va_list ap;
+
+	if (count)
+		(*count)++;
+	va_start(ap, fmt);
+	say(k, fmt, ap);
+	va_end(ap);
+}
+
+#define wrong(k, ...)  found(k, &(k)->corruptions, __VA_ARGS__)
+#define leak(k, ...)   found(k, &(k)->leaks, __VA_ARGS__)
+#define cannot(k, ...) found(k, &(k)->errors, __VA_ARGS__)
+
+static unsigned long long ull(uint64_t n)
+{
+	return n;
+}
+
+/* ---- cells ---- */
+
+static uint32_t hash_of(const struct scan *k, uint64_t key)
+{
+	return (uint32_t)((key * 0x9e3779b97f4a7c15ull) >> 32) & (k->hash_size - 1);
+}
+
+static struct cell *nth_cell(const struct scan *k, uint32_t n)
+{
+	return &k->chunk[n / CELL_CHUNK][n % CELL_CHUNK];
+}
+
+static uint32_t *cell_place(const struct scan *k, uint64_t key)
+{
+	uint32_t at = hash_of(k, key);
+
+	while (k->hash[at] && nth_cell(k, k->hash[at] - 1)->key != key)
+		at = (at + 1) & (k->hash_size - 1);
+	return &k->hash[at];
+}
+
+static int grow_hash(struct scan *k)
+{
+	uint32_t size = k->hash_size ? k->hash_size * 2 : CELL_CHUNK;
+	uint32_t *more = calloc(size, sizeof(*more));
+
+	if (!more)
+		return -ENOMEM;
+	free(k->hash);
+	k->hash = more;
+	k->hash_size = size;
+	for (uint32_t n = 0; n < k->cells; n++)
+		*cell_place(k, nth_cell(k, n)->key) = n + 1;
+	return 0;
+}
+
+static int grow_cells(struct scan *k)
+{
+	uint32_t chunks = k->cells / CELL_CHUNK;
+	struct cell **more = reallocarray(k->chunk, chunks + 1, sizeof(*more));
+
+	if (!more)
+		return -ENOMEM;
+	k->chunk = more;
+	more[chunks] = calloc(CELL_CHUNK, sizeof(**more));
+	return more[chunks] ? 0 : -ENOMEM;
+}
+
+/* The cell of a cluster; NULL: nothing was counted there. */
+static struct cell *look(const struct scan *k, uint64_t cluster)
+{
+	uint32_t n = k->hash_size ? *cell_place(k, cluster / CELL) : 0;
+
+	return n ? nth_cell(k, n - 1) : NULL;
+}
+
+static int cell_of(struct scan *k, uint64_t cluster, struct cell **ret)
+{
+	int r = 0;
+
+	*ret = look(k, cluster);
+	if (*ret)
+		return 0;
+	if (k->cells >= k->cells_most)
+		return -EFBIG;
+	if (k->cells % CELL_CHUNK == 0)
+		r = grow_cells(k);
+	if (!r && k->cells >= k->hash_size / 2)
+		r = grow_hash(k);
+	if (r)
+		return r;
+	*ret = nth_cell(k, k->cells);
+	(*ret)->key = cluster / CELL;
+	*cell_place(k, cluster / CELL) = ++k->cells;
+	return 0;
+}
+
+static void drop_cells(struct scan *k)
+{
+	for (uint32_t n = 0; n < k->cells; n += CELL_CHUNK)
+		free(k->chunk[n / CELL_CHUNK]);
+	free(k->chunk);
+	free(k->hash);
+	k->chunk = NULL;
+	k->hash = NULL;
+	k->cells = k->hash_size = 0;
+}
+
+static uint64_t bit_of(uint64_t cluster)
+{
+	return 1ull << cluster % CELL;
+}
+
+static unsigned refs_of(const struct scan *k, uint64_t cluster)
+{
+	const struct cell *e = look(k, cluster);
+
+	return e ? e->refs[cluster % CELL] : 0;
+}
+
+/* One more user, or as many as the L1 entries that lead to it. */
+static int use(struct scan *k, uint64_t cluster, unsigned times, struct cell **ret)
+{
+	struct cell *e;
+	int r = cell_of(k, cluster, &e);
+
+	if (r)
+		return r;
+	e->refs[cluster % CELL] = (uint16_t)MIN(e->refs[cluster % CELL] + times, REFS_MAX);
+	k->top = MAX(k->top, cluster + 1);
+	if (ret)
+		*ret = e;
+	return 0;
+}
+
+/* ---- the file ---- */
+
+/* Where data goes on at or after off; end: nowhere before that. */
+static uint64_t next_data(const struct scan *k, uint64_t off, uint64_t end)
+{
+	off_t at = k->sparse && off <= INT64_MAX ? lseek(k->i->file.meta_fd, (off_t)off, SEEK_DATA) : -1;
+
+	if (!k->sparse || (at < 0 && errno != ENXIO))
+		return off;
+	return at < 0 ? end : MIN((uint64_t)at, end);
+}
+
+/* 1; 0: all of it is zeroes (or could not be read, which is counted). */
+static int read_table(struct scan *k, void *buf, uint64_t len, uint64_t off, const char *what)
+{
+	int r;
+
+	if (next_data(k, off, off + len) == off + len)
+		return 0;
+	r = meta_read(&k->i->file, buf, len, off);
+	if (r) {
+		cannot(k, "%s at %#llx cannot be read: %s", what, ull(off), strerrordesc_np(-r));
+		k->unreadable = true;
+	}
+	return !r;
+}
+
+/* e may be changed: then it is written back. 0, or -errno to stop. */
+typedef int entry_fn(struct scan *k, uint64_t *e, uint64_t index, void *arg);
+
+/* fn for each of n 8-byte entries at off that is not 0. */
+static int each_entry(struct scan *k, uint64_t off, uint64_t n, const char *what, entry_fn *fn, void *arg)
+{
+	auto_free uint64_t *buf = malloc(READ_CHUNK);
+	uint64_t end = off + n * 8;
+	int r = buf ? 0 : -ENOMEM;
+
+	for (uint64_t at = off; at < end && !r;) {
+		uint64_t len;
+
+		at = next_data(k, at, end) & ~7ull;
+		len = MIN(end - at, READ_CHUNK);
+		if (!len || !read_table(k, buf, len, at, what)) {
+			at += len;
+			continue;
+		}
+		for (uint64_t e = 0; e < len / 8 && !r; e++) {
+			uint64_t was = be64toh(buf[e]), now = was;
+
+			if (was)
+				r = fn(k, &now, (at - off) / 8 + e, arg);
+			if (now == was || r)
+				continue;
+			now = htobe64(now);
+			r = meta_write(&k->i->file, &now, sizeof(now), at + e * 8);
+		}
+		at += len;
+	}
+	return r;
+}
+
+static uint32_t get32(const uint8_t *p)
+{
+	uint32_t n;
+
+	memcpy(&n, p, sizeof(n));
+	return be32toh(n);
+}
+
+static uint64_t get64(const uint8_t *p)
+{
+	uint64_t n;
+
+	memcpy(&n, p, sizeof(n));
+	return be64toh(n);
+}
+
+static int read_head(struct scan *k, struct error *err)
+{
+	struct qcow2_header *h = &k->h;
+	uint8_t b[QCOW2_HEAD];
+	struct stat st;
+	int r = meta_read(&k->i->file, b, sizeof(b), 0);
+
+	if (r || fstat(k->i->file.fd, &st))
+		return error_errno(err, r ? -r : errno, "cannot read the header");
+	qcow2_header_from_disk(b, h);
+	k->q = qcow2_of(k->i);
+	if (h->cluster_bits != k->q->cluster_bits || h->refcount_order != k->q->h.refcount_order)
+		return error_set(err, EINVAL, "the header changed while the image was open");
+	k->ext = h->incompatible & QCOW2_EXT_L2;
+	k->cluster = 1u << h->cluster_bits;
+	k->bytes = k->i->file.blockdev ? k->i->file.size : (uint64_t)st.st_size;
+	k->n = (k->bytes + k->cluster - 1) >> h->cluster_bits;
+	k->sparse = !k->i->file.blockdev && (uint64_t)st.st_blocks * 512 < k->bytes;
+	k->cells_most = (uint32_t)MIN(CELLS_LEAST + (k->sparse ? (uint64_t)st.st_blocks * 512 : k->bytes) / 8,
+		UINT32_MAX / 4);
+	return 0;
+}
+
+/* ---- metadata: whole clusters that only one may use ---- */
+
+/* Some cluster of [first, end) that is metadata already; end: none. */
+static uint64_t find_overlap(const struct scan *k, uint64_t first, uint64_t end)
+{
+	for (uint64_t at = first; at < end; at = (at / CELL + 1) * CELL) {
+		const struct cell *e = look(k, at);
+		uint64_t hit = e ? (e->meta | e->counts) & ~0ull << at % CELL : 0;
+
+		if (hit)
+			return MIN(end, e->key * CELL + (unsigned)__builtin_ctzll(hit));
+	}
+	return end;
+}
+
+/* 1; 0: it cannot be there, which is counted; -errno. what and n name it; counts: of the refcount structure. */
+static int mark(struct scan *k, uint64_t off, uint64_t len, bool counts, const char *what, uint64_t n)
+{
+	uint64_t first = off >> k->h.cluster_bits, end, bad;
+
+	if (!len)
+		return 1;
+	if (off & (k->cluster - 1)) {
+		wrong(k, "%s %llu lies at %#llx, where no cluster begins", what, ull(n), ull(off));
+		return 0;
+	}
+	end = first + ((len + k->cluster - 1) >> k->h.cluster_bits);
+	if (end > k->n) {
+		wrong(k, "%s %llu lies at %#llx, outside of the file", what, ull(n), ull(off));
+		return 0;
+	}
+	bad = find_overlap(k, first, end);
+	if (bad < end) {
+		wrong(k, "%s %llu at %#llx lies on other metadata (cluster %llu)", what, ull(n), ull(off), ull(bad));
+		return 0;
+	}
+	for (uint64_t at = first; at < end; at++) {
+		struct cell *e;
+		int r = use(k, at, 1, &e);
+
+		if (r)
+			return r;
+		*(counts ? &e->counts : &e->meta) |= bit_of(at);
+	}
+	return 1;
+}
+
+static int add_l1(struct scan *k, uint64_t off, uint32_t n, bool active, uint64_t id)
+{
+	const char *what = active ? "L1 table" : "L1 table of snapshot";
+	int r;
+
+	if ((uint64_t)n * 8 > QCOW2_L1_MAX) {
+		wrong(k, "%s %llu has %u entries: more than 32 MiB", what, ull(id), n);
+		return 0;
+	}
+	r = mark(k, off, (uint64_t)n * 8, false, what, id);
+	if (r > 0)
+		k->l1[k->l1_n++] = (struct l1){ .off = off, .n = n, .active = active };
+	return r;
+}
+
+/* ---- the snapshot table ---- */
+
+static int add_snap(struct scan *k, const struct snap *s)
+{
+	if (k->snap_n == k->snap_room) {
+		uint32_t room = k->snap_room ? k->snap_room * 2 : 16;
+		struct snap *more = reallocarray(k->snap, room, sizeof(*more));
+
+		if (!more)
+			return -ENOMEM;
+		k->snap = more;
+		k->snap_room = room;
+	}
+	k->snap[k->snap_n++] = *s;
+	return 0;
+}
+
+/* One entry at off: 1; 0: it makes no sense, nor does what follows; -errno. */
+static int read_snap(struct scan *k, uint64_t off, uint64_t *l1_off, uint32_t *l1_n, struct snap *s)
+{
+	uint8_t b[40];
+	uint32_t id_len, name_len;
+
+	if (meta_read_all(&k->i->file, b, sizeof(b), off))
+		return 0;
+	*l1_off = get64(b);
+	*l1_n = get32(b + 8);
+	id_len = get32(b + 12) >> 16;
+	name_len = get32(b + 12) & 0xffff;
+	*s = (struct snap){ .at = off, .extra = get32(b + 36) };
+	if (s->extra > EXTRA_MAX)
+		return 0;
+	s->len = (uint32_t)(sizeof(b) + s->extra + id_len + name_len);
+	s->brief = k->h.version >= 3 && s->extra < 16;
+	return off + s->len <= k->bytes && off + s->len - k->h.snapshots_offset <= QCOW2_SNAPSHOT_BYTES;
+}
+
+static int read_snaps(struct scan *k, uint64_t *l1_off, uint32_t *l1_n)
+{
+	uint64_t at = k->h.snapshots_offset;
+
+	for (uint32_t n = 0; n < MIN(k->h.snapshots, QCOW2_SNAPSHOTS_MAX); n++) {
+		struct snap s;
+		int r = read_snap(k, at, &l1_off[n], &l1_n[n], &s);
+
+		if (r <= 0) {
+			wrong(k, "entry %u of %u of the snapshot table makes no sense", n + 1, k->h.snapshots);
+			k->bad_snaps = true;
+			return r;
+		}
+		r = add_snap(k, &s);
+		if (r)
+			return r;
+		at += (s.len + 7) & ~7u;
+	}
+	if (k->h.snapshots > QCOW2_SNAPSHOTS_MAX) {
+		wrong(k, "%u snapshots: %u can be", k->h.snapshots, QCOW2_SNAPSHOTS_MAX);
+		k->bad_snaps = true;
+	}
+	return 0;
+}
+
+static int scan_snaps(struct scan *k)
+{
+	uint32_t most = MIN(k->h.snapshots, QCOW2_SNAPSHOTS_MAX);
+	auto_free uint64_t *l1_off = calloc(most + 1, sizeof(*l1_off));
+	auto_free uint32_t *l1_n = calloc(most + 1, sizeof(*l1_n));
+	int r = l1_off && l1_n ? 0 : -ENOMEM;
+
+	k->snap_n = 0;
+	if (!most || r)
+		return r;
+	if (k->h.snapshots_offset >= k->bytes || k->h.snapshots_offset & (k->cluster - 1)) {
+		wrong(k, "the snapshot table lies at %#llx, where it cannot be", ull(k->h.snapshots_offset));
+		k->bad_snaps = true;
+		return 0;
+	}
+	r = read_snaps(k, l1_off, l1_n);
+	if (r || !k->snap_n)
+		return r;
+	r = mark(k, k->h.snapshots_offset, k->snap[k->snap_n - 1].at + k->snap[k->snap_n - 1].len - k->h.snapshots_offset,
+		false, "snapshot table", 0);
+	if (!r) {
+		k->bad_snaps = true;
+		k->snap_n = 0;
+	}
+	for (uint32_t n = 0; n < k->snap_n && r >= 0; n++) {
+		r = add_l1(k, l1_off[n], l1_n[n], false, n + 1);
+		k->snap[n].bad = !r;
+		if (k->snap[n].brief)
+			wrong(k, "entry %u of the snapshot table lacks what version 3 wants", n + 1);
+		k->bad_snaps = k->bad_snaps || !r || k->snap[n].brief;
+	}
+	return MIN(r, 0);
+}
+
+/* ---- bitmaps: kept by others; here only their clusters matter ---- */
+
+static int use_bitmap(struct scan *k, uint64_t *e, uint64_t index, void *arg)
+{
+	uint64_t off = *e & QCOW2_OFFSET;
+	int r;
+
+	if (!off)
+		return 0;
+	(void)arg;
+	r = mark(k, off, k->cluster, false, "bitmap cluster", index);
+	k->bad_bitmaps = k->bad_bitmaps || !r;
+	return MIN(r, 0);
+}
+
+static int scan_bitmap_directory(struct scan *k, const uint8_t *dir, uint64_t len, uint32_t n)
+{
+	uint64_t at = 0;
+
+	for (uint32_t b = 0; b < n && !k->bad_bitmaps; b++) {
+		uint64_t off, size;
+		int r;
+
+		if (len - at < 24) {
+			wrong(k, "the directory of the bitmaps ends before bitmap %u", b + 1);
+			k->bad_bitmaps = true;
+			return 0;
+		}
+		off = get64(dir + at);
+		size = get32(dir + at + 8) * 8ull;
+		r = size > BITMAP_BYTES ? 0 : mark(k, off, size, false, "bitmap table", b + 1);
+		if (r > 0)
+			r = each_entry(k, off, size / 8, "the bitmap table", use_bitmap, NULL);
+		else if (!r)
+			k->bad_bitmaps = true;
+		if (r < 0)
+			return r;
+		size = 24 + get32(dir + at + 20) + (get32(dir + at + 16) & 0xffffull);
+		at += MIN((size + 7) & ~7ull, len - at);
+	}
+	return 0;
+}
+
+/* The data of header extension `type` and its length; NULL: none. first is the first cluster. */
+static const uint8_t *find_extension(const struct scan *k, const uint8_t *first, uint32_t type, uint32_t *len)
+{
+	uint64_t at = k->h.header_length, end = k->h.backing_offset ? MIN(k->h.backing_offset, k->cluster) : k->cluster;
+
+	while (end >= 8 && at <= end - 8) {
+		uint32_t t = get32(first + at);
+
+		*len = get32(first + at + 4);
+		at += 8;
+		if (!t || *len > end - at)
+			return NULL;
+		if (t == type)
+			return first + at;
+		at += (*len + 7ull) & ~7ull;
+	}
+	return NULL;
+}
+
+static int scan_bitmaps(struct scan *k)
+{
+	auto_free uint8_t *dir = NULL;
+	const uint8_t *ext;
+	uint64_t off, size;
+	uint32_t n, len;
+	int r;
+
+	if (!(k->h.autoclear & QCOW2_BITMAPS))
+		return 0;
+	if (!read_table(k, k->table, k->cluster, 0, "the header"))
+		return 0;
+	ext = find_extension(k, k->table, QCOW2_EXT_BITMAPS, &len);
+	if (!ext || len != 24) {
+		wrong(k, "the header says that there are bitmaps, but not where");
+		k->bad_bitmaps = true;
+		return 0;
+	}
+	n = get32(ext);
+	size = get64(ext + 8);
+	off = get64(ext + 16);
+	r = size > QCOW2_SNAPSHOT_BYTES || n > BITMAPS_MAX ? 0 : mark(k, off, size, false, "directory of bitmaps", 0);
+	if (r <= 0) {
+		k->bad_bitmaps = true;
+		return r;
+	}
+	dir = calloc(1, size + 1);
+	if (!dir)
+		return -ENOMEM;
+	return read_table(k, dir, size, off, "the directory of the bitmaps") ? scan_bitmap_directory(k, dir, size, n) : 0;
+}
+
+/* ---- the refcount structure ---- */
+
+static uint64_t per_block(const struct scan *k)
+{
+	return (uint64_t)k->cluster * 8 >> k->h.refcount_order;
+}
+
+static int use_block(struct scan *k, uint64_t *e, uint64_t index, void *arg)
+{
+	int r = 0;
+
+	(void)arg;
+	if (*e & 0x1ff)
+		wrong(k, "entry %llu of the refcount table is %#llx: its low bits are not 0", ull(index), ull(*e));
+	else
+		r = mark(k, *e, k->cluster, true, "refcount block", index);
+	if (r < 0)
+		return r;
+	k->rt[index] = r ? *e : 0;
+	k->bad_refs = k->bad_refs || !r;
+	return 0;
+}
+
+static int scan_refcount_table(struct scan *k)
+{
+	uint64_t len = (uint64_t)k->h.refcount_clusters << k->h.cluster_bits;
+	int r;
+
+	free(k->rt);
+	k->rt = NULL;
+	k->rt_n = 0;
+	if (k->no_refs)
+		return 0;
+	if (!len || len > QCOW2_RT_MAX) {
+		wrong(k, "a refcount table of %u clusters cannot be", k->h.refcount_clusters);
+		k->bad_refs = true;
+		return 0;
+	}
+	r = mark(k, k->h.refcount_offset, len, true, "refcount table", 0);
+	if (r <= 0) {
+		k->bad_refs = true;
+		return r;
+	}
+	k->rt = calloc(len / 8, 8);
+	if (!k->rt)
+		return -ENOMEM;
+	k->rt_n = len / 8;
+	return each_entry(k, k->h.refcount_offset, k->rt_n, "the refcount table", use_block, NULL);
+}
+
+/* The refcount of one cluster, from the file. */
+static uint64_t stored_refcount(const struct scan *k, uint64_t cluster)
+{
+	uint64_t per = per_block(k), n = cluster % per, bit = n << k->h.refcount_order;
+	uint8_t b[8];
+
+	if (cluster / per >= k->rt_n || !k->rt[cluster / per] ||
+		meta_read(&k->i->file, b, sizeof(b), k->rt[cluster / per] + bit / 64 * 8))
+		return 0;
+	return qcow2_ref_load(k->q, b, (unsigned)(n & ((64u >> k->h.refcount_order) - 1)));
+}
+
+/* ---- L1 and L2 ---- */
+
+static enum fault judge_cluster(const struct scan *k, uint64_t cluster, bool l2_too)
+{
+	const struct cell *e = look(k, cluster);
+
+	if (e && (e->meta | (l2_too ? e->l2 : 0)) & bit_of(cluster))
+		return IN_METADATA;
+	return e && e->counts & bit_of(cluster) ? IN_REFCOUNTS : FINE;
+}
+
+static enum fault judge_place(const struct scan *k, uint64_t off, bool l2_too)
+{
+	uint64_t cluster = off >> k->h.cluster_bits;
+
+	if (off & (k->cluster - 1))
+		return UNALIGNED;
+	if (cluster >= k->n)
+		return OUTSIDE;
+	return judge_cluster(k, cluster, l2_too);
+}
+
+static enum fault judge_l1(const struct scan *k, uint64_t e)
+{
+	enum fault f = e & QCOW2_OFFSET ? judge_place(k, e & QCOW2_OFFSET, false) : FINE;
+
+	return f ? f : e & QCOW2_L1_RESERVED || e == QCOW2_COPIED ? RESERVED : FINE;
+}
+
+/* Where the bytes of a compressed cluster lie, in whole sectors. */
+static void compressed_place(const struct scan *k, uint64_t e, uint64_t *off, uint64_t *len)
+{
+	uint32_t n;
+
+	qcow2_compressed_at(k->q, e, off, &n);
+	*len = n + *off % SECTOR;
+	*off -= *off % SECTOR;
+}
+
+static enum fault judge_compressed(const struct scan *k, uint64_t e, uint64_t bits)
+{
+	uint64_t off, len;
+	enum fault f;
+
+	compressed_place(k, e, &off, &len);
+	/* The last sectors may be counted too long, past the end of the file, but by less than a cluster. */
+	if (off >= k->bytes || (off + len > k->bytes && off + len - k->bytes >= k->cluster))
+		return OUTSIDE;
+	for (uint64_t at = off >> k->h.cluster_bits; at <= (off + len - 1) >> k->h.cluster_bits; at++)
+		if ((f = judge_cluster(k, at, true)))
+			return f;
+	return e & QCOW2_COPIED ? RESERVED : k->ext && bits ? BITMAP : FINE;
+}
+
+static uint64_t l2_reserved(const struct scan *k)
+{
+	return QCOW2_L2_RESERVED | (k->h.version < 3 || k->ext ? QCOW2_ZERO : 0);
+}
+
+static enum fault judge_l2(const struct scan *k, uint64_t e, uint64_t bits)
+{
+	enum fault f;
+
+	if (e & QCOW2_COMPRESSED)
+		return judge_compressed(k, e, bits);
+	f = e & QCOW2_OFFSET ? judge_place(k, e & QCOW2_OFFSET, true) : FINE;
+	if (f)
+		return f;
+	if (e & l2_reserved(k) || (e & QCOW2_COPIED && !(e & QCOW2_OFFSET)))
+		return RESERVED;
+	if (k->ext && (bits >> 32 & bits & UINT32_MAX || (!(e & QCOW2_OFFSET) && bits & UINT32_MAX)))
+		return BITMAP;
+	return FINE;
+}
+
+static const char *fault_words(enum fault f)
+{
+	static const char *const words[] = {
+		[FINE] = "nothing wrong",
+		[UNALIGNED] = "leads to where no cluster begins",
+		[OUTSIDE] = "leads outside of the file",
+		[IN_METADATA] = "leads to metadata",
+		[IN_REFCOUNTS] = "and the refcount structure are at the same place",
+		[RESERVED] = "has bits that must be 0",
+		[BITMAP] = "has a subcluster bitmap that makes no sense",
+	};
+
+	return words[f];
+}
+
+/* Entries of an L2 table, and what is in number n of the table in k->table. */
+static uint32_t l2_entries(const struct scan *k)
+{
+	return k->cluster / (k->ext ? 16 : 8);
+}
+
+static uint64_t l2_get(const struct scan *k, uint32_t n, uint64_t *bits)
+{
+	const uint8_t *p = (const uint8_t *)k->table + (size_t)n * (k->ext ? 16 : 8);
+
+	*bits = k->ext ? get64(p + 8) : 0;
+	return get64(p);
+}
+
+static void l2_set(const struct scan *k, uint32_t n, uint64_t e, uint64_t bits)
+{
+	uint8_t *p = (uint8_t *)k->table + (size_t)n * (k->ext ? 16 : 8);
+	uint64_t be[2] = { htobe64(e), htobe64(bits) };
+
+	memcpy(p, be, k->ext ? 16 : 8);
+}
+
+/* Can that table, which is also called a refcount block, be an L2 table? */
+static bool like_l2(struct scan *k, uint64_t cluster)
+{
+	if (!read_table(k, k->table, k->cluster, cluster << k->h.cluster_bits, "the L2 table"))
+		return false;
+	for (uint32_t n = 0; n < l2_entries(k); n++) {
+		uint64_t bits, e = l2_get(k, n, &bits);
+		enum fault f = e | bits ? judge_l2(k, e, bits) : FINE;
+
+		if (f && f != IN_REFCOUNTS)
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Where an entry and the refcount structure claim the same place, the refcounts give way: they can be made anew, and
+ * what the entry meant cannot. Except if what lies there cannot be an L2 table.
+ */
+static enum fault judge_l2_table(struct scan *k, uint64_t e)
+{
+	enum fault f = judge_l1(k, e);
+
+	return f == IN_REFCOUNTS && !like_l2(k, (e & QCOW2_OFFSET) >> k->h.cluster_bits) ? IN_METADATA : f;
+}
+
+static bool usable(enum fault f)
+{
+	return f == FINE || f == IN_REFCOUNTS || f == RESERVED || f == BITMAP;
+}
+
+static void bad_entry(struct scan *k, enum fault f)
+{
+	if (f == IN_REFCOUNTS)
+		k->bad_refs = true;
+	else
+		k->bad_entries++;
+}
+
+static int use_l2(struct scan *k, uint64_t *e, uint64_t index, void *arg)
+{
+	const struct l1 *l1 = arg;
+	uint64_t cluster = (*e & QCOW2_OFFSET) >> k->h.cluster_bits;
+	enum fault f = judge_l2_table(k, *e);
+	struct cell *cell;
+	int r;
+
+	if (f) {
+		wrong(k, "entry %llu of the L1 table at %#llx is %#llx: it %s", ull(index), ull(l1->off), ull(*e),
+			fault_words(f));
+		bad_entry(k, f);
+	}
+	if (!cluster || !usable(f))
+		return 0;
+	r = use(k, cluster, 1, &cell);
+	if (r)
+		return r;
+	k->l2_n += !(cell->l2 & bit_of(cluster));
+	cell->l2 |= bit_of(cluster);
+	cell->active |= l1->active ? bit_of(cluster) : 0;
+	return 0;
+}
+
+static int by_number(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+static int list_l2(struct scan *k)
+{
+	uint32_t n = 0;
+
+	free(k->l2_list);
+	k->l2_list = calloc(k->l2_n + 1u, sizeof(*k->l2_list));
+	if (!k->l2_list)
+		return -ENOMEM;
+	for (uint32_t c = 0; c < k->cells; c++) {
+		const struct cell *e = nth_cell(k, c);
+
+		for (uint64_t left = e->l2; left; left &= left - 1)
+			k->l2_list[n++] = e->key * CELL + (unsigned)__builtin_ctzll(left);
+	}
+	qsort(k->l2_list, n, sizeof(*k->l2_list), by_number);
+	return 0;
+}
+
+static int scan_l1s(struct scan *k)
+{
+	int r = 0;
+
+	k->l2_n = 0;
+	for (uint32_t n = 0; n < k->l1_n && !r; n++)
+		r = each_entry(k, k->l1[n].off, k->l1[n].n, "the L1 table", use_l2, &k->l1[n]);
+	return r ? r : list_l2(k);
+}
+
+/* Where in the file the last cluster of this L2 table was, for the statistics. */
+struct run {
+	bool active;
+	uint64_t next;
+};
+
+static int use_entry(struct scan *k, uint64_t e, unsigned times, struct run *run)
+{
+	uint64_t off = e & QCOW2_OFFSET, len = k->cluster;
+	int r = 0;
+
+	if (e & QCOW2_COMPRESSED)
+		compressed_place(k, e, &off, &len);
+	else if (!off)
+		return 0;
+	for (uint64_t at = off >> k->h.cluster_bits; at <= (off + len - 1) >> k->h.cluster_bits && !r; at++)
+		r = use(k, at, times, NULL);
+	if (!run->active || k->quiet)
+		return r;
+	k->c->allocated++;
+	k->c->compressed += !!(e & QCOW2_COMPRESSED);
+	k->c->fragmented += e & QCOW2_COMPRESSED || (run->next && run->next != off);
+	run->next = e & QCOW2_COMPRESSED ? 0 : off + len;
+	return r;
+}
+
+static int scan_l2(struct scan *k, uint64_t table)
+{
+	struct cell *cell = look(k, table);
+	struct run run = { .active = cell->active & bit_of(table) };
+	unsigned times = cell->refs[table % CELL];
+
+	if (!read_table(k, k->table, k->cluster, table << k->h.cluster_bits, "the L2 table"))
+		return 0;
+	for (uint32_t n = 0; n < l2_entries(k); n++) {
+		uint64_t bits, e = l2_get(k, n, &bits);
+		enum fault f = e | bits ? judge_l2(k, e, bits) : FINE;
+		int r = 0;
+
+		if (f) {
+			wrong(k, "entry %u of the L2 table at %#llx is %#llx: it %s", n,
+				ull(table << k->h.cluster_bits), ull(e), fault_words(f));
+			bad_entry(k, f);
+		}
+		if (usable(f))
+			r = use_entry(k, e, times, &run);
+		if (r)
+			return r;
+	}
+	return 0;
+}
+
+/* ---- counted against stored ---- */
+
+/* One refcount: what it shall be. */
+static uint64_t compare(struct scan *k, uint64_t cluster, uint64_t stored, uint64_t refs)
+{
+	if (stored == refs || (refs == REFS_MAX && stored > refs))
+		return stored;
+	if (refs > k->q->refs_max) {
+		cannot(k, "cluster %llu is used %llu times, which %u-bit refcounts cannot say", ull(cluster), ull(refs),
+			1u << k->h.refcount_order);
+		refs = k->q->refs_max;
+	} else if (stored > refs) {
+		leak(k, "cluster %llu: refcount %llu, used %llu times", ull(cluster), ull(stored), ull(refs));
+	} else {
+		wrong(k, "cluster %llu: refcount %llu, used %llu times", ull(cluster), ull(stored), ull(refs));
+	}
+	if (refs == REFS_MAX)   /* or more: too high is safe */
+		refs = k->q->refs_max;
+	return k->fix == REPAIR_ALL || (k->fix == REPAIR_LEAKS && stored > refs) ? refs : stored;
+}
+
+static bool compare_cell(struct scan *k, uint8_t *block, uint64_t first, uint64_t index)
+{
+	struct cell *cell = look(k, first);
+	bool changed = false;
+
+	for (uint64_t n = 0; n < CELL && first + n < k->n; n++) {
+		uint64_t was = qcow2_ref_load(k->q, block, (unsigned)(index + n)), now;
+
+		now = compare(k, first + n, was, cell ? cell->refs[n] : 0);
+		if (now != was)
+			qcow2_ref_store(k->q, block, (unsigned)(index + n), now);
+		if (now == 1 && cell) {
+			cell->once |= 1ull << n;
+			cell->sole |= (uint64_t)(cell->refs[n] == 1) << n;
+		}
+		if (now)
+			k->top = MAX(k->top, first + n + 1);
+		changed = changed || now != was;
+	}
+	return changed;
+}
+
+static int compare_block(struct scan *k, uint64_t index)
+{
+	uint64_t per = per_block(k), first = index * per;
+	bool changed = false;
+
+	if (first >= k->n)
+		return 0;
+	if (!read_table(k, k->table, k->cluster, k->rt[index], "the refcount block"))
+		memset(k->table, 0, k->cluster);
+	for (uint64_t n = 0; n < per && first + n < k->n; n += CELL)
+		changed |= compare_cell(k, k->table, first + n, n);
+	return changed ? meta_write(&k->i->file, k->table, k->cluster, k->rt[index]) : 0;
+}
+
+/* Clusters in use that no refcount block speaks of. */
+static void find_uncovered(struct scan *k)
+{
+	for (uint32_t c = 0; c < k->cells; c++) {
+		struct cell *e = nth_cell(k, c);
+		uint64_t first = e->key * CELL, index = first / per_block(k);
+
+		if (index < k->rt_n && k->rt[index])
+			continue;
+		for (unsigned n = 0; n < CELL && first + n < k->n; n++) {
+			if (!e->refs[n])
+				continue;
+			wrong(k, "cluster %llu: no refcount, used %u times", ull(first + n), e->refs[n]);
+			k->bad_refs = true;
+		}
+	}
+}
+
+static int compare_refcounts(struct scan *k)
+{
+	int r = 0;
+
+	for (uint64_t n = 0; n < k->rt_n && !r; n++)
+		if (k->rt[n])
+			r = compare_block(k, n);
+	if (!r)
+		find_uncovered(k);
+	return r;
+}
+
+/*
+ * ---- COPIED: this cluster is ours alone, and may be written in place ----
+ *
+ * Set where the refcount is not 1 it is dangerous. Not set where it is, it only costs a copy at the next write: no
+ * corruption; so it stands where a snapshot was being made or deleted when its program was killed.
+ */
+
+static uint64_t check_copied(struct scan *k, uint64_t e, const char *what)
+{
+	uint64_t cluster = (e & QCOW2_OFFSET) >> k->h.cluster_bits;
+	const struct cell *cell = look(k, cluster);
+	bool once = cell && cell->once & bit_of(cluster), sole = cell && cell->sole & bit_of(cluster);
+
+	if (once == !!(e & QCOW2_COPIED))
+		return e;
+	if (once) {
+		leak(k, "the %s %#llx is not marked as used once", what, ull(e & QCOW2_OFFSET));
+		return k->fix != REPAIR_NONE && sole ? e | QCOW2_COPIED : e;
+	}
+	wrong(k, "the %s %#llx is marked as used once, but is not", what, ull(e & QCOW2_OFFSET));
+	return k->fix == REPAIR_ALL ? e & ~QCOW2_COPIED : e;
+}
+
+static int copied_l1(struct scan *k, uint64_t *e, uint64_t index, void *arg)
+{
+	(void)index;
+	(void)arg;
+	if (*e & QCOW2_OFFSET && usable(judge_l1(k, *e)))
+		*e = check_copied(k, *e, "L2 table at");
+	return 0;
+}
+
+static int copied_l2(struct scan *k, uint64_t table)
+{
+	uint64_t off = table << k->h.cluster_bits;
+	bool changed = false;
+
+	if (!read_table(k, k->table, k->cluster, off, "the L2 table"))
+		return 0;
+	for (uint32_t n = 0; n < l2_entries(k); n++) {
+		uint64_t bits, e = l2_get(k, n, &bits), now = e;
+
+		if (!(e & QCOW2_COMPRESSED) && e & QCOW2_OFFSET && usable(judge_l2(k, e, bits)))
+			now = check_copied(k, e, "cluster at");
+		if (now != e)
+			l2_set(k, n, now, bits);
+		changed |= now != e;
+	}
+	return changed ? meta_write(&k->i->file, k->table, k->cluster, off) : 0;
+}
+
+static int scan_copied(struct scan *k)
+{
+	int r = 0;
+
+	for (uint32_t n = 0; n < k->l1_n && !r; n++)
+		if (k->l1[n].active)
+			r = each_entry(k, k->l1[n].off, k->l1[n].n, "the L1 table", copied_l1, NULL);
+	for (uint32_t n = 0; n < k->l2_n && !r; n++) {
+		const struct cell *cell = look(k, k->l2_list[n]);
+
+		if (cell->active & bit_of(k->l2_list[n]))
+			r = copied_l2(k, k->l2_list[n]);
+	}
+	return r;
+}
+
+/* ---- one scan ---- */
+
+static int count_users(struct scan *k)
+{
+	int r = mark(k, 0, k->cluster, false, "header", 0);
+
+	k->l1_n = 0;
+	free(k->l1);
+	k->l1 = calloc(MIN(k->h.snapshots, QCOW2_SNAPSHOTS_MAX) + 1u, sizeof(*k->l1));
+	if (!k->l1)
+		return -ENOMEM;
+	if (r >= 0)
+		r = add_l1(k, k->h.l1_offset, k->h.l1_size, true, 0);
+	r = r < 0 ? r : scan_snaps(k);
+	r = r ? r : scan_bitmaps(k);
+	r = r ? r : scan_refcount_table(k);
+	r = r ? r : scan_l1s(k);
+	for (uint32_t n = 0; n < k->l2_n && !r; n++)
+		r = scan_l2(k, k->l2_list[n]);
+	return r;
+}
+
+static int scan(struct scan *k, struct error *err)
+{
+	int r;
+
+	drop_cells(k);
+	k->corruptions = k->leaks = k->errors = k->bad_entries = k->l2_n = 0;
+	k->bad_refs = k->bad_snaps = k->bad_bitmaps = k->unreadable = false;
+	r = read_head(k, err);
+	if (r)
+		return r;
+	free(k->table);
+	k->table = malloc(k->cluster);
+	r = k->table ? count_users(k) : -ENOMEM;
+	if (k->unreadable)
+		k->fix = REPAIR_NONE;
+	if (!r && !k->no_refs)
+		r = compare_refcounts(k);
+	if (!r && !k->no_refs)
+		r = scan_copied(k);
+	if (r == -EFBIG)
+		return error_set(err, EFBIG, "it refers to more clusters than a file of its size can");
+	return r ? error_errno(err, -r, "the check could not be finished") : 0;
+}
+
+/* ---- mending: entries ---- */
+
+/* The cluster that an entry with low bits too many may have meant: in use says its refcount, and nobody else uses it. */
+static uint64_t meant(struct scan *k, uint64_t off)
+{
+	uint64_t cluster = off >> k->h.cluster_bits;
+
+	if (cluster >= k->n || refs_of(k, cluster) || !stored_refcount(k, cluster) || use(k, cluster, 1, NULL))
+		return 0;
+	return cluster << k->h.cluster_bits;
+}
+
+static int mend_l1(struct scan *k, uint64_t *e, uint64_t index, void *arg)
+{
+	enum fault f = judge_l2_table(k, *e);
+
+	(void)index;
+	(void)arg;
+	if (f == UNALIGNED)
+		*e = meant(k, *e & QCOW2_OFFSET);
+	else if (f == RESERVED)
+		*e &= *e & QCOW2_OFFSET ? ~QCOW2_L1_RESERVED : 0;
+	else if (!usable(f))
+		*e = 0;
+	return 0;
+}
+
+/* Zeroes where the format can say so; else what the backing image has. */
+static uint64_t lost(const struct scan *k, uint64_t *bits)
+{
+	*bits = k->ext ? ALL_ZERO : 0;
+	return k->h.version >= 3 && !k->ext ? QCOW2_ZERO : 0;
+}
+
+static uint64_t mend_entry(struct scan *k, uint64_t e, uint64_t *bits)
+{
+	enum fault f = judge_l2(k, e, *bits);
+	uint64_t place;
+
+	switch (f) {
+	case UNALIGNED:
+		place = meant(k, e & QCOW2_OFFSET);
+		return place ? (e & ~QCOW2_OFFSET & ~l2_reserved(k)) | place : lost(k, bits);
+	case OUTSIDE:
+	case IN_METADATA:
+		return lost(k, bits);
+	case RESERVED:
+		return e & (e & QCOW2_COMPRESSED || !(e & QCOW2_OFFSET) ? ~QCOW2_COPIED : ~0ull) &
+			(e & QCOW2_COMPRESSED ? ~0ull : ~l2_reserved(k));
+	case BITMAP:
+		if (e & QCOW2_COMPRESSED)
+			*bits = 0;
+		else if (!(e & QCOW2_OFFSET))
+			*bits |= *bits << 32, *bits &= ALL_ZERO;
+		else
+			*bits &= ~(*bits << 32);
+		return e;
+	case FINE:
+	case IN_REFCOUNTS:
+		break;
+	}
+	return e;
+}
+
+static int mend_l2(struct scan *k, uint64_t table)
+{
+	uint64_t off = table << k->h.cluster_bits;
+	bool changed = false;
+
+	if (!read_table(k, k->table, k->cluster, off, "the L2 table"))
+		return 0;
+	for (uint32_t n = 0; n < l2_entries(k); n++) {
+		uint64_t bits, e = l2_get(k, n, &bits), was = bits, now;
+
+		if (!(e | bits))
+			continue;
+		now = mend_entry(k, e, &bits);
+		if (now == e && bits == was)
+			continue;
+		l2_set(k, n, now, bits);
+		changed = true;
+	}
+	return changed ? meta_write(&k->i->file, k->table, k->cluster, off) : 0;
+}
+
+static int mend_entries(struct scan *k)
+{
+	int r = 0;
+
+	for (uint32_t n = 0; n < k->l2_n && !r; n++)
+		r = mend_l2(k, k->l2_list[n]);
+	for (uint32_t n = 0; n < k->l1_n && !r; n++)
+		r = each_entry(k, k->l1[n].off, k->l1[n].n, "the L1 table", mend_l1, NULL);
+	return r;
+}
+
+/* ---- mending: new structures behind everything ---- */
+
+/* The first cluster that nothing lies in or after; of a block device: that nothing is known to. */
+static uint64_t behind(const struct scan *k)
+{
+	uint64_t entries = k->n / per_block(k) + 1;
+
+	return k->i->file.blockdev || entries * 8 > QCOW2_RT_MAX / 2 ? k->top : MAX(k->n, k->top);
+}
+
+/* The file will have clusters from first on: writing them makes it longer. */
+static int room_for(struct scan *k, uint64_t first, uint64_t clusters)
+{
+	struct host_file *f = &k->i->file;
+	uint64_t end;
+
+	if (__builtin_mul_overflow(first + clusters, (uint64_t)k->cluster, &end) || end > INT64_MAX)
+		return -EFBIG;
+	if (f->blockdev && end > f->size)
+		return -ENOSPC;
+	f->size = MAX(f->size, end);
+	return 0;
+}
+
+/* n bytes of the header at off, after all that was written before. */
+static int switch_head(struct scan *k, const void *bytes, size_t n, uint64_t off)
+{
+	int r = meta_sync(&k->i->file);
+
+	r = r ? r : meta_write(&k->i->file, bytes, n, off);
+	return r ? r : meta_sync(&k->i->file);
+}
+
+/* A copy of one entry, with the fields that version 3 wants; bytes of it. */
+static int copy_snap(struct scan *k, const struct snap *s, uint8_t *out, uint32_t *len)
+{
+	uint32_t extra = s->brief ? 16 : s->extra;
+	uint64_t vm_state, size = htobe64(k->h.size);
+	int r = meta_read_all(&k->i->file, out, 40, s->at);
+
+	if (!r)
+		r = meta_read_all(&k->i->file, out + 40, s->extra, s->at + 40);
+	if (!r)
+		r = meta_read_all(&k->i->file, out + 40 + extra, s->len - 40 - s->extra, s->at + 40 + s->extra);
+	if (r)
+		return r;
+	if (s->brief) {
+		uint32_t be = htobe32(extra);
+
+		vm_state = htobe64(get32(out + 32));
+		if (s->extra < 8)
+			memcpy(out + 40, &vm_state, 8);
+		memcpy(out + 48, &size, 8);
+		memcpy(out + 36, &be, 4);
+	}
+	*len = s->len - s->extra + extra;
+	return 0;
+}
+
+/* The snapshot table with only what can be kept. */
+static int mend_snaps(struct scan *k)
+{
+	uint64_t first = behind(k), at = 0, most = 0;
+	auto_free uint8_t *table = NULL;
+	uint8_t head[12] = { 0 };
+	uint32_t kept = 0;
+	int r = 0;
+
+	for (uint32_t n = 0; n < k->snap_n; n++)
+		most += k->snap[n].len + 24;
+	table = calloc(1, most + k->cluster);
+	if (!table)
+		return -ENOMEM;
+	for (uint32_t n = 0; n < k->snap_n && !r; n++) {
+		uint32_t len;
+
+		if (k->snap[n].bad)
+			continue;
+		r = copy_snap(k, &k->snap[n], table + at, &len);
+		at += (len + 7) & ~7u;
+		kept++;
+	}
+	at = (at + k->cluster - 1) & ~(uint64_t)(k->cluster - 1);
+	if (!r && kept)
+		r = room_for(k, first, at / k->cluster);
+	if (!r && kept)
+		r = meta_write(&k->i->file, table, at, first << k->h.cluster_bits);
+	if (r)
+		return r;
+	if (kept) {
+		uint64_t off = htobe64(first << k->h.cluster_bits);
+
+		kept = htobe32(kept);
+		memcpy(head, &kept, 4);
+		memcpy(head + 4, &off, 8);
+	}
+	return switch_head(k, head, sizeof(head), 60);
+}
+
+/* A refcount structure in the making: where, and which blocks. */
+struct rebuild {
+	uint64_t first, blocks, table_clusters, entries;
+	uint64_t *rt;                   /* QCOW2_RT_MAX; host offset of each block, 0 none */
+};
+
+static int plan_rebuild(struct scan *k, struct rebuild *b)
+{
+	uint64_t per = per_block(k), before;
+
+	b->first = behind(k);
+	b->blocks = b->table_clusters = 1;
+	for (uint32_t c = 0; c < k->cells; c++) {
+		uint64_t index = nth_cell(k, c)->key * CELL / per;
+
+		if (index >= QCOW2_RT_MAX / 8)
+			return -EFBIG;
+		b->rt[index] = 1;
+	}
+	do {                            /* the structure counts itself: until it does not grow any more */
+		uint64_t end = b->first + b->blocks + b->table_clusters;
+
+		before = b->blocks + b->table_clusters;
+		b->entries = (end - 1) / per + 1;
+		if (b->entries > QCOW2_RT_MAX / 8)
+			return -EFBIG;
+		for (uint64_t n = b->first / per; n < b->entries; n++)
+			b->rt[n] = 1;
+		b->blocks = 0;
+		for (uint64_t n = 0; n < b->entries; n++)
+			b->blocks += b->rt[n];
+		b->table_clusters = (b->entries * 8 + k->cluster - 1) >> k->h.cluster_bits;
+	} while (b->blocks + b->table_clusters > before);
+	return 0;
+}
+
+static int write_block(struct scan *k, const struct rebuild *b, uint64_t index, uint64_t off)
+{
+	uint64_t per = per_block(k), first = index * per, end = b->first + b->blocks + b->table_clusters;
+
+	memset(k->table, 0, k->cluster);
+	for (uint64_t n = 0; n < per; n += CELL) {
+		const struct cell *cell = look(k, first + n);
+
+		for (uint64_t m = 0; m < CELL; m++) {
+			uint64_t refs = cell ? cell->refs[m] : 0;
+
+			if (first + n + m >= b->first && first + n + m < end)
+				refs = 1;
+			refs = refs == REFS_MAX ? k->q->refs_max : MIN(refs, k->q->refs_max);
+			qcow2_ref_store(k->q, k->table, (unsigned)(n + m), refs);
+		}
+	}
+	return meta_write(&k->i->file, k->table, k->cluster, off);
+}
+
+static int write_rebuilt(struct scan *k, struct rebuild *b)
+{
+	uint64_t at = b->first << k->h.cluster_bits, len = b->table_clusters << k->h.cluster_bits;
+	uint32_t clusters = htobe32((uint32_t)b->table_clusters);
+	uint64_t off;
+	uint8_t head[12];
+	int r = room_for(k, b->first, b->blocks + b->table_clusters);
+
+	for (uint64_t n = 0; n < b->entries && !r; n++) {
+		if (!b->rt[n])
+			continue;
+		r = write_block(k, b, n, at);
+		b->rt[n] = htobe64(at);
+		at += k->cluster;
+	}
+	off = htobe64(at);
+	if (!r)
+		r = meta_write(&k->i->file, b->rt, len, at);
+	if (r)
+		return r;
+	memcpy(head, &off, 8);
+	memcpy(head + 8, &clusters, 4);
+	return switch_head(k, head, sizeof(head), 48);
+}
+
+/* The scan counted all but the refcount structure. */
+static int rebuild_refcounts(struct scan *k)
+{
+	auto_free uint64_t *rt = calloc(1, QCOW2_RT_MAX + k->cluster);
+	struct rebuild b = { .rt = rt };
+	int r = rt ? plan_rebuild(k, &b) : -ENOMEM;
+
+	return r ? r : write_rebuilt(k, &b);
+}
+
+/* ---- mending: everything ---- */
+
+/* What leads elsewhere or lies elsewhere. */
+static int mend_structures(struct scan *k, struct error *err)
+{
+	int r = 0;
+
+	/* An L2 table that was found again may have bad entries of its own. */
+	for (unsigned tries = 0; k->bad_entries && tries < 3 && !r; tries++) {
+		r = mend_entries(k);
+		r = r ? error_errno(err, -r, "cannot mend the L1 and L2 tables") : scan(k, err);
+	}
+	if (!r && k->bad_snaps) {
+		r = mend_snaps(k);
+		r = r ? error_errno(err, -r, "cannot mend the snapshot table") : scan(k, err);
+	}
+	if (!r && k->bad_refs) {
+		k->no_refs = true;
+		r = scan(k, err);
+		if (!r) {
+			r = rebuild_refcounts(k);
+			r = r ? error_errno(err, -r, "cannot rebuild the refcounts") : 0;
+		}
+		k->no_refs = false;
+	}
+	return r;
+}
+
+/* The disk has a map: without one, nothing here is worth a change. */
+static bool has_map(const struct scan *k)
+{
+	return k->l1_n && k->l1[0].active;
+}
+
+static int clear_marks(struct scan *k)
+{
+	uint64_t flags = htobe64(k->h.incompatible & ~(uint64_t)(QCOW2_DIRTY | QCOW2_CORRUPT));
+
+	return k->h.incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT) ? switch_head(k, &flags, sizeof(flags), 72) : 0;
+}
+
+static int mend(struct scan *k, enum image_repair repair, struct error *err)
+{
+	int r = 0;
+
+	k->quiet = true;
+	if (k->unreadable)
+		return 0;
+	if (repair == REPAIR_ALL)
+		r = mend_structures(k, err);
+	if (r)
+		return r;
+	/* What nobody refers to may still be the data that a broken entry meant. */
+	if (repair == REPAIR_ALL || (!k->bad_entries && !k->bad_snaps && !k->bad_bitmaps && !k->bad_refs)) {
+		k->fix = repair;
+		r = scan(k, err);
+		k->fix = REPAIR_NONE;
+	}
+	r = r ? r : scan(k, err);
+	if (!r && !k->corruptions && !k->errors)
+		r = clear_marks(k);
+	if (!r)
+		r = meta_sync(&k->i->file);
+	return r && err && !err->code ? error_errno(err, -r, "cannot mend it") : r;
+}
+
+static void scan_free(struct scan *k)
+{
+	drop_cells(k);
+	free(k->l1);
+	free(k->snap);
+	free(k->rt);
+	free(k->l2_list);
+	free(k->table);
+}
+
+static int run(struct scan *k, enum image_repair repair, struct error *err)
+{
+	struct image_check *c = k->c;
+	int r;
+
+	c->allocated = c->fragmented = c->compressed = 0;
+	r = scan(k, err);
+	if (r)
+		return r;
+	c->corruptions = k->corruptions;
+	c->leaks = k->leaks;
+	c->errors = k->errors;
+	c->fixed_corruptions = c->fixed_leaks = 0;
+	c->clusters = (k->h.size + k->cluster - 1) >> k->h.cluster_bits;
+	if (k->h.incompatible & QCOW2_DIRTY)
+		found(k, NULL, "the image is marked dirty: it was not closed, refcounts may be late");
+	if (k->h.incompatible & QCOW2_CORRUPT)
+		found(k, NULL, "the image is marked corrupt");
+	if (repair != REPAIR_NONE && has_map(k) && (k->corruptions || k->leaks || k->h.incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT))) {
+		r = mend(k, repair, err);
+		if (!r) {
+			c->fixed_corruptions = c->corruptions - MIN(c->corruptions, k->corruptions);
+			c->fixed_leaks = c->leaks - MIN(c->leaks, k->leaks);
+		}
+		qcow2_of(k->i)->failed = true;  /* what it has in memory is late */
+		r = r ? r : qcow2_reopen(k->i, k->corruptions || k->errors, err);
+	}
+	c->end = k->top << k->h.cluster_bits;
+	return r;
+}
+
+int qcow2_check(struct image *i, enum image_repair repair, struct image_check *c, struct error *err)
+{
+	struct scan k = { .i = i, .c = c };
+	struct error own = { 0 };
+	int r = 0;
+
+	err = err ? err : &own;
+	err->code = 0;
+	if (!i->file.readonly && !i->corrupt)
+		r = image_flush(i);
+	if (r)
+		return error_errno(err, -r, "'%s': cannot write its metadata", i->path);
+	r = run(&k, repair, err);
+	if (r)
+		error_prefix(err, "'%s': ", i->path);
+	scan_free(&k);
+	return r;
+}
+
+int qcow2_reopen(struct image *i, bool repair, struct error *err)
+{
+	struct image_how how = { .format = i->fmt->name, .readonly = i->file.readonly, .repair = repair };
+	char *name = i->backing_name, *format = i->backing_format;
+	struct qcow2 *old = i->priv, *fresh;
+	uint64_t size = i->size;
+	int r;
+
+	i->backing_name = i->backing_format = NULL;
+	i->priv = NULL;
+	i->corrupt = i->z_valid = false;
+	r = i->fmt->open(i, &how, err);
+	fresh = i->priv;
+	if (r) {
+		free(i->backing_name);
+		free(i->backing_format);
+		i->backing_name = name;
+		i->backing_format = format;
+		i->priv = old;
+		i->size = size;
+		i->corrupt = true;
+		old = fresh;
+	} else {
+		free(name);
+		free(format);
+		if (!old->failed) {
+			fresh->end = old->end;
+			fresh->blank = old->blank;
+		}
+	}
+	if (old) {
+		void *keep = i->priv;
+
+		old->failed = true;
+		i->priv = old;
+		i->fmt->close(i);
+		i->priv = r ? keep : fresh;
+	}
+	return r;
+}
