@@ -696,4 +696,8 @@ const struct format_ops qcow2_format = {
 	.create = qcow2_create,
 	.describe = qcow2_describe,
 	.check = qcow2_check,
+	.snapshots = qcow2_snapshots,
+	.snapshot_create = qcow2_snapshot_create,
+	.snapshot_apply = qcow2_snapshot_apply,
+	.snapshot_delete = qcow2_snapshot_delete,
 };

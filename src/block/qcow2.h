@@ -307,6 +307,10 @@ int  qcow2_preallocate(struct image *i, uint64_t from, uint64_t to, enum image_p
 /* ---- qcow2_check.c, qcow2_snapshot.c, qcow2_resize.c: see format.h ---- */
 
 int  qcow2_check(struct image *i, enum image_repair repair, struct image_check *c, struct error *err);
+int  qcow2_snapshots(struct image *i, struct image_snapshot **list, unsigned *n, struct error *err);
+int  qcow2_snapshot_create(struct image *i, const char *name, struct error *err);
+int  qcow2_snapshot_apply(struct image *i, const char *which, struct error *err);
+int  qcow2_snapshot_delete(struct image *i, const char *which, struct error *err);
 /*
  * Tools: all that is in memory anew from the file, of which everything was written. repair as in image_how. Where
  * that fails the image keeps what it had and is not changed any more.
