@@ -695,9 +695,11 @@ const struct format_ops qcow2_format = {
 	.write_compressed = qcow2_write_compressed,
 	.create = qcow2_create,
 	.describe = qcow2_describe,
+	.resize = qcow2_resize,
 	.check = qcow2_check,
 	.snapshots = qcow2_snapshots,
 	.snapshot_create = qcow2_snapshot_create,
 	.snapshot_apply = qcow2_snapshot_apply,
 	.snapshot_delete = qcow2_snapshot_delete,
+	.set_backing = qcow2_set_backing,
 };

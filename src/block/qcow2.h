@@ -311,6 +311,8 @@ int  qcow2_snapshots(struct image *i, struct image_snapshot **list, unsigned *n,
 int  qcow2_snapshot_create(struct image *i, const char *name, struct error *err);
 int  qcow2_snapshot_apply(struct image *i, const char *which, struct error *err);
 int  qcow2_snapshot_delete(struct image *i, const char *which, struct error *err);
+int  qcow2_resize(struct image *i, uint64_t size, enum image_prealloc prealloc, struct error *err);
+int  qcow2_set_backing(struct image *i, const char *name, const char *format, struct error *err);
 /*
  * Tools: all that is in memory anew from the file, of which everything was written. repair as in image_how. Where
  * that fails the image keeps what it had and is not changed any more.
