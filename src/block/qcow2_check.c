@@ -1103,6 +1103,7 @@ static int scan(struct scan *k, struct error *err)
 
 	drop_cells(k);
 	k->corruptions = k->leaks = k->errors = k->bad_entries = k->l2_n = 0;
+	k->top = 0;
 	k->bad_refs = k->bad_snaps = k->bad_bitmaps = k->unreadable = false;
 	r = read_head(k, err);
 	if (r)
@@ -1424,8 +1425,11 @@ static int mend_structures(struct scan *k, struct error *err)
 		r = r ? error_errno(err, -r, "cannot mend the snapshot table") : scan(k, err);
 	}
 	if (!r && k->bad_refs) {
+		uint64_t top = k->top;
+
 		k->no_refs = true;
 		r = scan(k, err);
+		k->top = MAX(k->top, top);      /* where the old one may lie, until the header leads to the new one */
 		if (!r) {
 			r = rebuild_refcounts(k);
 			r = r ? error_errno(err, -r, "cannot rebuild the refcounts") : 0;
@@ -1543,7 +1547,7 @@ int qcow2_reopen(struct image *i, bool repair, struct error *err)
 
 	i->backing_name = i->backing_format = NULL;
 	i->priv = NULL;
-	i->corrupt = i->z_valid = false;
+	i->corrupt = i->marking = i->z_valid = false;
 	r = i->fmt->open(i, &how, err);
 	fresh = i->priv;
 	if (r) {

@@ -61,36 +61,34 @@ static int grow_l1(struct image *i, uint64_t n, struct error *err)
 	return r ? error_errno(err, -r, "cannot free the old L1 table") : 0;
 }
 
+/* From where on the backing image has nothing; what is not known of one that is not open. */
+static uint64_t backing_end(const struct image *i)
+{
+	return !qcow2_of(i)->has_backing ? 0 : i->backing ? i->backing->size : UINT64_MAX;
+}
+
 /* The new part reads as zeroes, whatever the tables, the last cluster or the backing image have there. */
 static int blank_part(struct image *i, uint64_t from, uint64_t to)
 {
-	struct qcow2 *q = qcow2_of(i);
-	uint64_t step = 1ull << qcow2_l1_shift(q);
+	uint64_t step = 1ull << qcow2_l1_shift(qcow2_of(i)), below = backing_end(i);
 	int r = 0;
 
 	while (from < to && !r) {
 		uint64_t end = MIN(to, (from / step + 1) * step);
 
-		if (q->l1[from / step] || q->has_backing)
+		if (qcow2_of(i)->l1[from / step])
 			r = image_zero(i, from, end - from, true);
+		else if (from < below)
+			r = image_zero(i, from, MIN(end, below) - from, true);
 		from = end;
 	}
 	return r;
 }
 
-/* Where a backing image ends before the new part does, what is behind it reads as zeroes already. */
-static uint64_t blank_end(const struct image *i, uint64_t size)
-{
-	const struct qcow2 *q = qcow2_of(i);
-
-	if (!q->has_backing || !i->backing)
-		return size;
-	return MIN(size, MAX(round_up(q, i->backing->size), 1));
-}
-
 static int grow(struct image *i, uint64_t size, enum image_prealloc prealloc, struct error *err)
 {
-	uint64_t old = i->size, n = l1_needed(qcow2_of(i), size), shift = qcow2_l1_shift(qcow2_of(i));
+	uint64_t old = i->size, n = l1_needed(qcow2_of(i), size);
+	unsigned shift = qcow2_l1_shift(qcow2_of(i));
 	int r = 0;
 
 	if (n * 8 > QCOW2_L1_MAX)
@@ -102,7 +100,7 @@ static int grow(struct image *i, uint64_t size, enum image_prealloc prealloc, st
 		return r;
 	/* In memory only: what is written now lies past the end that the header tells. */
 	i->size = size;
-	r = blank_part(i, old, MAX(blank_end(i, size), MIN(size, ((old >> shift) + 1) << shift)));
+	r = blank_part(i, old, size);
 	if (r)
 		error_errno(err, -r, "cannot clear the new part");
 	if (!r && prealloc != PREALLOC_OFF)
