@@ -112,7 +112,7 @@ static bool start_device(void)
 	set_reg(VIRTIO_MMIO_STATUS, 0);
 	set_reg(VIRTIO_MMIO_STATUS, s);
 	set_reg(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 0);
-	set_reg(VIRTIO_MMIO_DRIVER_FEATURES, 0);
+	set_reg(VIRTIO_MMIO_DRIVER_FEATURES, 1u << VIRTIO_BLK_F_FLUSH);        /* else every write goes to the medium */
 	set_reg(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
 	set_reg(VIRTIO_MMIO_DRIVER_FEATURES, 1u << (VIRTIO_F_VERSION_1 - 32));
 	s |= VIRTIO_CONFIG_S_FEATURES_OK;
