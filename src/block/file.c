@@ -7,6 +7,17 @@
  * that way and at least 1 us through the ring, at any queue depth. A file in memory (tmpfs) refuses
  * RWF_NOWAIT and io_uring hands its reads to a worker (40 us and more), but it never waits for a
  * medium, so there the plain call is made. What the page cache does not have goes to the ring.
+ *
+ * Small writes of whole pages into the page cache are made at once, too: 2 us, where the ring hands them to
+ * a worker on most file systems (ext4 has no RWF_NOWAIT for them). They may wait, for the journal or
+ * because too much is dirty; one that did closes this way for as long as it waited, the next one for twice
+ * as long and so on to WAIT_TIMES, so the loop is hardly ever held up:
+ *
+ *      at once --slow--> at once, and looked at --waited--> ring only, for a while
+ *         ^                     |    ^                             |
+ *         +--SUSPECT_WRITES ok--+    +-----------------------------+
+ *
+ * Slow alone proves nothing: the thread may merely have lost its CPU.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -17,6 +28,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -27,6 +39,10 @@
 #include "format.h"
 
 #define INLINE_MAX (128u << 10) /* largest transfer tried on the loop's own thread */
+#define WRITE_PAGE 4096u        /* a write of less may have to read first */
+#define SLOW_NS    10000000u    /* a write at once that takes this long may have been held back; journals take less */
+#define WAIT_TIMES 32
+#define SUSPECT_WRITES 64
 #define TRIES_MAX  64           /* fruitless results in a row before a request fails */
 #define TAIL_BLOCK 4096u        /* a read that ends in the file's last block of this size is zero-filled */
 #define ZERO_CHUNK (64u << 10)
@@ -154,14 +170,14 @@ static void choose_paths(struct host_file *f, bool direct)
 	struct statfs fs;
 
 	/* With O_DIRECT even RWF_NOWAIT waits for the medium. */
-	f->inline_read = !direct;
-	f->inline_flags = f->meta_flags = RWF_NOWAIT;
+	f->inline_read = f->inline_write = !direct;
+	f->inline_flags = f->write_flags = f->meta_flags = RWF_NOWAIT;
+	f->wait_times = 1;
 	if (!f->blockdev && !fstatfs(f->fd, &fs) && fs.f_type == TMPFS_MAGIC) {
 		f->meta_flags = 0;
-		if (!direct) {
-			f->inline_write = true;
-			f->inline_flags = 0;
-		}
+		f->in_memory = true;
+		if (!direct)
+			f->inline_flags = f->write_flags = 0;
 	}
 }
 
@@ -313,14 +329,65 @@ static void transfer_done(struct loop_op *op, int res)
 	transfer(r);
 }
 
-/* Some or all of it at once on this thread. True: all of it is done. */
-static bool transfer_inline(struct host_file *f, struct blk_req *r)
+static ssize_t read_now(struct host_file *f, const struct blk_req *r)
 {
-	ssize_t n = r->op == BLK_READ ? preadv2(f->fd, r->iov, (int)r->cnt, (off_t)r->pos, f->inline_flags)
-				      : pwritev2(f->fd, r->iov, (int)r->cnt, (off_t)r->pos, f->inline_flags);
+	ssize_t n = preadv2(f->fd, r->iov, (int)r->cnt, (off_t)r->pos, f->inline_flags);
 
 	if (n < 0 && errno == EOPNOTSUPP)
 		f->inline_read = false; /* this file system has no RWF_NOWAIT */
+	return n;
+}
+
+/* How often this thread went to sleep by itself. */
+static long waits(void)
+{
+	struct rusage u;
+
+	return getrusage(RUSAGE_THREAD, &u) ? 0 : u.ru_nvcsw;
+}
+
+static ssize_t write_and_watch(struct host_file *f, const struct blk_req *r, uint64_t began)
+{
+	long before = f->suspect ? waits() : 0;
+	ssize_t n = pwritev2(f->fd, r->iov, (int)r->cnt, (off_t)r->pos, 0);
+	uint64_t now = loop_now(), took = now - began;
+
+	if (took >= SLOW_NS) {
+		if (before && waits() != before) {
+			f->write_pause = now + took * f->wait_times;
+			f->wait_times = MIN(f->wait_times * 2, WAIT_TIMES);
+		}
+		f->suspect = SUSPECT_WRITES;
+	} else if (f->suspect) {
+		f->suspect--;
+	} else {
+		f->wait_times = 1;
+	}
+	return n;
+}
+
+static ssize_t write_now(struct host_file *f, const struct blk_req *r)
+{
+	uint64_t now;
+	ssize_t n;
+
+	if (f->in_memory || f->write_flags) {
+		n = pwritev2(f->fd, r->iov, (int)r->cnt, (off_t)r->pos, f->write_flags);
+		if (n >= 0 || errno != EOPNOTSUPP || f->in_memory)
+			return n;
+		f->write_flags = 0;
+	}
+	now = loop_now();
+	if ((r->pos | r->left) % WRITE_PAGE || now < f->write_pause)
+		return -1;
+	return write_and_watch(f, r, now);
+}
+
+/* Some or all of it at once on this thread. True: all of it is done. */
+static bool transfer_inline(struct host_file *f, struct blk_req *r)
+{
+	ssize_t n = r->op == BLK_READ ? read_now(f, r) : write_now(f, r);
+
 	if (n <= 0)
 		return false;           /* the ring will say why */
 	advance(r, (size_t)n);

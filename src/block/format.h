@@ -53,6 +53,7 @@ struct host_file {
 	int meta_fd;                    /* the same file without O_DIRECT, for metadata; fd where that has none */
 	int meta_flags;                 /* of preadv2() that must not wait: RWF_NOWAIT, or 0 where memory is the medium */
 	bool blockdev, readonly;
+	bool in_memory;                 /* tmpfs: never waits for a medium */
 	uint64_t size;                  /* bytes as the host said at open, and as file_grow() made it */
 	uint32_t align;                 /* O_DIRECT: offsets and lengths; else 1 */
 	uint32_t mem_align;             /* O_DIRECT: buffers; else 1 */
@@ -62,6 +63,10 @@ struct host_file {
 	/* home loop */
 	bool inline_read, inline_write; /* small transfers are tried at once, without the ring */
 	int inline_flags;               /* RWF_NOWAIT, or 0 where memory is the medium */
+	int write_flags;                /* the same for writes: 0 also where the file system has no RWF_NOWAIT for them */
+	unsigned suspect;               /* writes still to look at closely, because one took long */
+	unsigned wait_times;            /* how many times as long as the next one waits no more are tried at once */
+	uint64_t write_pause;           /* loop_now() before which none is */
 	bool no_discard, no_punch, no_zero_range;       /* the file refused it once */
 	void *bounce;                   /* O_DIRECT: BOUNCE_SIZE bytes, aligned */
 	struct blk_req *bounce_first, *bounce_last;     /* first owns the buffer, the others wait */

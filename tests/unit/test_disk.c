@@ -387,8 +387,8 @@ START_TEST(test_row98_full_host_fails_the_write_and_later_ones_work)
 	fault.fail_kind = OP_WRITEV;
 	fault.fail_with = -ENOSPC;
 	fault.fail_count = 1;
-	ck_assert_int_eq(request(BLK_WRITE, 0, 4096, memset(buf, 1, 4096)), -ENOSPC);
-	ck_assert_int_eq(request(BLK_WRITE, 0, 4096, buf), 0);
+	ck_assert_int_eq(request(BLK_WRITE, 0, 512, memset(buf, 1, 4096)), -ENOSPC);    /* part of a page: by the ring */
+	ck_assert_int_eq(request(BLK_WRITE, 0, 512, buf), 0);
 	close_disk();
 }
 END_TEST
