@@ -14,9 +14,9 @@
  * and then looks at the stack (both sequentially consistent). Whoever clears sleeping writes the eventfd,
  * so a burst of posts costs one write.
  *
- * The budget grows when something arrived within poll_max of falling asleep (looking a little longer would
- * have seen it) and is halved when looking was fruitless and a long sleep followed: an idle loop sleeps
- * at once and wakes for nothing.
+ * The budget grows when something arrived within poll_max of having nothing to do (looking a little longer
+ * would have seen it) and is halved when looking for poll_max would have been fruitless: an idle loop sleeps
+ * at once and wakes for nothing, and so does one whose disk takes longer than that.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -38,6 +38,7 @@
 
 #define BUDGET_FIRST 4000               /* ns; growth starts here, or at an eighth of the maximum */
 #define BUDGET_LEAST 1000               /* less is not worth the clock reads */
+#define LOOKS        16                 /* between two of them: the clock takes longer than a look */
 
 static _Thread_local struct loop *here;
 
@@ -464,9 +465,11 @@ static bool look_around(struct loop *l)
 		until = timers_next(l);
 	l->ops->wait(l, 0);             /* what this turn queued; often it is complete at once */
 	do {
-		if (l->ops->pending(l) || busy(l) || look(l)) {
-			stat_add(&l->polled);
-			return true;
+		for (unsigned i = 0; i < LOOKS; i++) {
+			if (l->ops->pending(l) || busy(l) || look(l)) {
+				stat_add(&l->polled);
+				return true;
+			}
 		}
 	} while (loop_now() < until);
 	return false;
@@ -494,11 +497,12 @@ static void sleep_now(struct loop *l, uint64_t timeout)
 	atomic_store(&l->sleeping, false);
 }
 
-static void adapt(struct loop *l, uint64_t slept)
+/* idle: ns from having nothing to do to the next thing to do. */
+static void adapt(struct loop *l, uint64_t idle)
 {
 	if (!l->polls || !l->poll_max)
 		return;
-	if (slept >= l->poll_max)
+	if (idle >= l->poll_max)
 		l->budget = l->budget / 2 < BUDGET_LEAST ? 0 : l->budget / 2;
 	else
 		l->budget = MIN(l->poll_max, MAX(l->budget * 2, MAX(l->poll_max / 8, BUDGET_FIRST)));
@@ -506,7 +510,7 @@ static void adapt(struct loop *l, uint64_t slept)
 
 static void turn(struct loop *l)
 {
-	uint64_t from;
+	uint64_t from, looked = 0;
 
 	stat_add(&l->turns);
 	reap(l);
@@ -520,14 +524,17 @@ static void turn(struct loop *l)
 		l->ops->wait(l, 0);
 		return;
 	}
-	if (l->polls && l->budget && look_around(l))
-		return;
+	if (l->polls && l->budget) {
+		if (look_around(l))
+			return;
+		looked = l->budget;
+	}
 	if (arm(l, true) || busy(l)) {
 		l->ops->wait(l, 0);
 	} else {
 		from = l->polls ? loop_now() : 0;
 		sleep_now(l, until_timer(l));
-		adapt(l, from ? loop_now() - from : 0);
+		adapt(l, from ? looked + loop_now() - from : 0);
 	}
 	arm(l, false);
 }
