@@ -21,11 +21,11 @@
 
 static const struct format_ops *const formats[] = {
 	&raw_format,
-	&vdi_format,
-	&vhd_format,
-	&vmdk_format,
-	&vhdx_format,
 	&qcow2_format,
+	&vdi_format,
+	&vmdk_format,
+	&vhd_format,
+	&vhdx_format,
 };
 
 /* ---- the table of formats ---- */

@@ -208,7 +208,7 @@ static void load_done(struct loop_op *op, int res)
 }
 
 /* One place stays for each table; where all are taken the work is woken by the next that ends. */
-static void load(struct disk *d, const struct image *i, struct table *t)
+static void load(struct disk *d, struct table *t)
 {
 	struct table_load *l = NULL;
 
@@ -222,7 +222,7 @@ static void load(struct disk *d, const struct image *i, struct table *t)
 		return;
 	l->disk = d;
 	l->table = t;
-	l->op = (struct loop_op){ .kind = OP_READV, .fd = i->file.meta_fd, .iov = &t->iov, .cnt = 1,
+	l->op = (struct loop_op){ .kind = OP_READV, .fd = t->file->meta_fd, .iov = &t->iov, .cnt = 1,
 		.off = t->off + (uint64_t)((uint8_t *)t->iov.iov_base - (uint8_t *)t->data), .done = load_done };
 	loop_submit(d->home, &l->op);
 }
@@ -236,7 +236,7 @@ static bool waits(struct work *w, struct image *i, int err)
 		return false;
 	stall(w);
 	if (err == -EAGAIN && i->want == WANT_TABLE)
-		load(d, i, i->want_table);
+		load(d, i->want_table);
 	else if (err == -EAGAIN)
 		plan_start(d);
 	return true;

@@ -163,6 +163,23 @@ static void verify(struct world *w, uint32_t *sure)
 	image_close(i);
 }
 
+/* The kernel ends a killed process's ring, and with it its hold on the file, a moment after the process. */
+static void wait_for_lock(struct world *w)
+{
+	struct image *i;
+	struct error err;
+	int r;
+
+	for (int tries = 0; tries < 500; tries++) {
+		r = world_try_open(w, true, &i, &err);
+		if (!r)
+			image_close(i);
+		if (r != -EBUSY)
+			return;
+		usleep(10000);
+	}
+}
+
 static void one_kill(struct world *w, sem_t *ready)
 {
 	static uint32_t sure[SECTORS];
@@ -178,6 +195,7 @@ static void one_kill(struct world *w, sem_t *ready)
 	waitpid(pid, &status, 0);
 	if (!WIFSIGNALED(status))
 		broken(w, "the writer ended by itself: %d", WEXITSTATUS(status));
+	wait_for_lock(w);
 	world_check(w, false);
 	verify(w, sure);
 	if (rnd(w, 4) == 0) {
