@@ -333,23 +333,33 @@ int image_open(struct image **ret, const char *path, const struct image_how *how
 	return 0;
 }
 
+/* A file without a name in dir, or -errno. */
+static int unlinked_in(const char *dir)
+{
+	char path[PATH_MAX];
+	int fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+
+	if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR))
+		return fd >= 0 ? fd : -errno;
+	snprintf(path, sizeof(path), "%s/vmm-overlay-XXXXXX", dir);     /* a file system that cannot */
+	fd = mkostemp(path, O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	unlink(path);
+	return fd;
+}
+
 static int unlinked_file(struct error *err)
 {
 	const char *dir = getenv("TMPDIR");
 	int fd;
 
-	dir = dir && *dir ? dir : "/var/tmp";
-	fd = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-	if (fd < 0 && (errno == EOPNOTSUPP || errno == EISDIR)) {       /* a file system that cannot */
-		char path[PATH_MAX];
-
-		snprintf(path, sizeof(path), "%s/vmm-overlay-XXXXXX", dir);
-		fd = mkostemp(path, O_CLOEXEC);
-		if (fd >= 0)
-			unlink(path);
-	}
-	return fd < 0 ? error_errno(err, errno, "no room for throw-away writes in '%s' (TMPDIR names another directory)",
-		dir) : fd;
+	if (dir && *dir)
+		fd = unlinked_in(dir);
+	else if ((fd = unlinked_in(dir = "/var/tmp")) < 0)
+		fd = unlinked_in(dir = "/tmp");
+	return fd < 0 ? error_errno(err, -fd, "no room for throw-away writes in '%s' (TMPDIR names another directory)", dir)
+		      : fd;
 }
 
 int image_overlay(struct image **image, struct error *err)
