@@ -25,7 +25,7 @@
 #include "vmm/cleanup.h"
 #include "qcow2.h"
 
-#define FREE_RUN 16u            /* clusters with old ones to free, in one alloc() */
+#define FREE_RUN 16u            /* clusters with old ones to free, in one alloc(): each may pin a slice of refcounts */
 #define ALL_SUBS 0xffffffffull
 
 enum state { IN_PLACE, REUSE, NEW, REPLACE };

@@ -239,7 +239,7 @@ static void random_ops(struct image_create c, uint64_t from, bool backed)
 	}
 	seed = from * 0x9e3779b97f4a7c15ull + 1;
 	create(path, c);
-	for (unsigned turn = 0; turn < 4; turn++) {
+	for (unsigned turn = 0; turn < 3; turn++) {
 		i = open_rw(path);
 		compare_with_model(i);
 		for (unsigned n = 0; n < 60; n++)
@@ -300,7 +300,7 @@ START_TEST(test_images_that_qemu_made_read_the_same_and_can_be_written)
 	fill_random(model + 2000000, SIZE - 2000000);
 	for (unsigned k = 0; k < ARRAY_LEN(qemu_options); k++) {
 		save_model("raw");
-		ck_assert_int_eq(shell("qemu-img convert -f raw -O qcow2 %s %s/raw %s", qemu_options[k], dir, path), 0);
+		ck_assert_int_eq(shell("qemu-img convert -t unsafe -f raw -O qcow2 %s %s/raw %s", qemu_options[k], dir, path), 0);
 		i = open_rw(path);
 		compare_with_model(i);
 		for (unsigned n = 0; n < 40; n++)
@@ -324,7 +324,7 @@ START_TEST(test_a_snapshot_that_qemu_made_keeps_its_bytes)
 	for (unsigned k = 0; k < ARRAY_LEN(options); k++) {
 		fill_random(model + 5000, 2000000);
 		save_model("raw");
-		ck_assert_int_eq(shell("qemu-img convert -f raw -O qcow2 %s %s/raw %s && qemu-img snapshot -c one %s",
+		ck_assert_int_eq(shell("qemu-img convert -t unsafe -f raw -O qcow2 %s %s/raw %s && qemu-img snapshot -c one %s",
 			options[k], dir, path, path), 0);
 		i = open_rw(path);
 		for (unsigned n = 0; n < 60; n++)
@@ -741,22 +741,17 @@ static void start_plan(struct image *i)
 
 static void finish_plan(struct image *i)
 {
-	int r;
+	bool fails = !rnd(6);           /* on the way */
+	int r = fails ? -EIO : 0;
 
 	if (!i->gathering)
 		return;
-	if (plan.n && !rnd(4) && !no_qemu("qemu-img check"))
+	if (plan.n && !rnd(6) && !no_qemu("qemu-img check"))
 		crash(i);
-	if (!rnd(6)) {          /* fails on the way */
-		struct plan some = plan;
-
-		some.n = plan.n ? rnd(plan.n) : 0;
-		plan_run(&some, &i->file);
-		r = -EIO;
-	} else {
-		r = plan_run(&plan, &i->file);
-		ck_assert_int_eq(r, 0);
-	}
+	/* Without the barriers: nobody pulls the plug, and they take long. */
+	for (unsigned k = 0, n = fails && plan.n ? rnd(plan.n) : plan.n; k < n; k++)
+		if (plan.step[k].kind != PLAN_BARRIER)
+			ck_assert_int_eq(apply(i->file.meta_fd, &plan.step[k]), 0);
 	plan_clear(&plan);
 	i->fmt->gathered(i, r);
 	i->gathering = false;
@@ -940,8 +935,8 @@ static void shrink_caches(struct image *i)
 	qcow2_forget_last(i);
 	tables_free(q->l2);
 	tables_free(q->refs);
-	q->l2 = tables_new(i, 1u << q->slice_bits, 8);
-	q->refs = tables_new(i, 1u << q->slice_bits, 8);
+	q->l2 = tables_new(i, 1u << q->slice_bits, 12);
+	q->refs = tables_new(i, 1u << q->slice_bits, 24);
 }
 
 static const struct image_create nb_shapes[] = {
