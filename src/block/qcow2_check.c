@@ -72,7 +72,8 @@ struct scan {
 	bool ext;                       /* extended L2 entries */
 	uint64_t bytes, n;              /* of the file; its clusters, the last may be a part */
 	uint64_t top;                   /* clusters before this may be in use */
-	bool sparse, quiet;
+	bool sparse;
+	bool mending;                   /* nothing is said and counted in statistics any more */
 	bool no_refs;                   /* the refcount structure is not there */
 	enum image_repair fix;          /* what this scan mends on its way: refcounts, COPIED */
 
@@ -102,7 +103,7 @@ static void say(struct scan *k, const char *fmt, va_list ap)
 {
 	char text[200];
 
-	if (k->quiet || !k->c->complain || k->c->words >= WORDS_MAX)
+	if (k->mending || !k->c->complain || k->c->words >= WORDS_MAX)
 		return;
 	k->c->words++;
 	vsnprintf(text, sizeof(text), fmt, ap);
@@ -886,7 +887,7 @@ static int use_entry(struct scan *k, uint64_t e, unsigned times, struct run *run
 		return 0;
 	for (uint64_t at = off >> k->h.cluster_bits; at <= (off + len - 1) >> k->h.cluster_bits && !r; at++)
 		r = use(k, at, times, NULL);
-	if (!run->active || k->quiet)
+	if (!run->active || k->mending)
 		return r;
 	k->c->allocated++;
 	k->c->compressed += !!(e & QCOW2_COMPRESSED);
@@ -1111,8 +1112,8 @@ static int scan(struct scan *k, struct error *err)
 	free(k->table);
 	k->table = malloc(k->cluster);
 	r = k->table ? count_users(k) : -ENOMEM;
-	if (k->unreadable)
-		k->fix = REPAIR_NONE;
+	if (!r && k->unreadable && k->mending)  /* what looks unused may be used */
+		return error_set(err, EIO, "a part of it cannot be read any more: mending ends here");
 	if (!r && !k->no_refs)
 		r = compare_refcounts(k);
 	if (!r && !k->no_refs)
@@ -1456,7 +1457,7 @@ static int mend(struct scan *k, enum image_repair repair, struct error *err)
 {
 	int r = 0;
 
-	k->quiet = true;
+	k->mending = true;
 	if (k->unreadable)
 		return 0;
 	if (repair == REPAIR_ALL)

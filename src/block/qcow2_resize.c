@@ -227,6 +227,8 @@ int qcow2_resize(struct image *i, uint64_t size, enum image_prealloc prealloc, s
 {
 	int r = refuse(i, err);
 
+	if (!r && prealloc != PREALLOC_OFF && size < i->size)
+		r = error_set(err, EINVAL, "preallocation is for a disk that grows");
 	if (!r && size == i->size)
 		return 0;
 	if (!r) {
