@@ -44,7 +44,7 @@ static int shell(const char *fmt, ...)
 
 static int qemu_check(const char *file)
 {
-	return shell("qemu-img check -q -f qcow2 %s >/dev/null 2>&1", file);
+	return shell("qemu-img check -q -T unsafe -f qcow2 %s >/dev/null 2>&1", file);
 }
 
 static bool no_tools(void)
@@ -163,7 +163,7 @@ static void qemu_reads(const char *file, uint8_t *buf, size_t size)
 	int fd;
 
 	snprintf(raw, sizeof(raw), "%s/raw", dir);
-	ck_assert_int_eq(shell("qemu-img convert -f qcow2 -O raw %s %s", file, raw), 0);
+	ck_assert_int_eq(shell("qemu-img convert -t unsafe -T unsafe -f qcow2 -O raw %s %s", file, raw), 0);
 	fd = open(raw, O_RDONLY);
 	ck_assert_int_ge(fd, 0);
 	ck_assert_int_eq(pread(fd, buf, size, 0), (ssize_t)size);
@@ -593,7 +593,7 @@ START_TEST(damage_of_subclusters_and_compressed)
 	}
 	drop_base();
 	make_base("cluster_size=64k");
-	ck_assert_int_eq(shell("qemu-img convert -c -O qcow2 %s %s.c && mv %s.c %s", base, base, base, base), 0);
+	ck_assert_int_eq(shell("qemu-img convert -t unsafe -c -O qcow2 %s %s.c && mv %s.c %s", base, base, base, base), 0);
 	ck_assert_int_eq(check_it(base, REPAIR_NONE, &c), 0);
 	ck_assert_uint_eq(c.compressed, SPOTS);
 	try_all(compressed, ARRAY_LEN(compressed));
@@ -860,7 +860,7 @@ START_TEST(snapshots_of_compressed_clusters)
 	if (no_tools())
 		return;
 	make_base("cluster_size=64k");
-	ck_assert_int_eq(shell("qemu-img convert -c -O qcow2 %s %s", base, path), 0);
+	ck_assert_int_eq(shell("qemu-img convert -t unsafe -c -O qcow2 %s %s", base, path), 0);
 	ck_assert_int_eq(snapshot(path, CREATE, "one"), 0);
 	expect_clean("created");
 	we_write_second_pattern(path);
