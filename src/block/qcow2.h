@@ -7,7 +7,8 @@
  *   qcow2_refs.c      refcounts, clusters taken and given back, what is metadata
  *   qcow2_alloc.c     L2 tables that change: writes, discards, compressed clusters; metadata on its way out
  *   qcow2_create.c    new images, preallocation
- *   qcow2_check.c     check and repair
+ *   qcow2_check.c     check: everything counted anew; qcow2_scan.h
+ *   qcow2_mend.c      repair
  *   qcow2_resize.c    another size, another backing file's name
  *   qcow2_snapshot.c  internal snapshots
  *

@@ -1,5 +1,5 @@
 /*
- * qcow2: who uses which cluster, counted anew from the file, compared with what the file says, and mended.
+ * qcow2: who uses which cluster, counted anew from the file, compared with what the file says.
  *
  * How this works. A scan reads the file itself, not the caches of the open image, and counts:
  *
@@ -8,16 +8,9 @@
  *      L2 tables, each read once, however many L1 entries lead there    -> clusters, so many times
  *
  * and then compares with the refcount blocks. Counters stand in cells of 64 clusters, found by a hash: memory grows
- * with what the file refers to, not with the offsets it names. Every table is read once, holes are skipped.
- *
- * Mending changes one thing at a time and scans again in between, so that each step sees the truth:
- *
- *      entries that make no sense -> snapshot table -> refcount structure, if unusable, anew at the end of the file
- *      -> refcounts -> COPIED flags -> dirty and corrupt bits
- *
- * After a kill in between the image is as damaged as before or less, and mending can start again.
+ * with what the file refers to, not with the offsets it names. Every table is read once, holes are skipped. What an
+ * entry that makes no sense leads to is not counted.
  */
-#include <endian.h>
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -27,74 +20,14 @@
 #include <unistd.h>
 #include "vmm/cleanup.h"
 #include "vmm/error.h"
-#include "qcow2.h"
+#include "qcow2_scan.h"
 
-#define CELL        64u                 /* clusters in a cell */
-#define CELL_CHUNK  1024u               /* cells allocated at once */
 #define CELLS_LEAST (64u << 10)         /* cells that any file may have, whatever its size */
-#define REFS_MAX    UINT16_MAX          /* this often or more */
 #define READ_CHUNK  (64u << 10)
 #define WORDS_MAX   1000u
 #define EXTRA_MAX   1024u
 #define BITMAPS_MAX 65535u
-#define BITMAP_BYTES (1u << 30)         /* of one bitmap's table */
-
-#define ALL_ZERO     0xffffffff00000000ull     /* subclusters: all read as zeroes */
-
-struct cell {
-	uint64_t key;                   /* host cluster / CELL */
-	uint64_t meta, counts;          /* metadata; the refcount structure */
-	uint64_t l2, active;            /* L2 tables; those of the disk as it is now */
-	uint64_t once, sole;            /* refcount in the file is 1 (after mending); one user was counted */
-	uint16_t refs[CELL];
-};
-
-struct l1 {
-	uint64_t off;
-	uint32_t n;
-	bool active;
-};
-
-struct snap {
-	uint64_t at;                    /* in the file */
-	uint32_t len, extra;
-	bool bad, brief;                /* cannot be kept; lacks what version 3 wants */
-};
-
-enum fault { FINE, UNALIGNED, OUTSIDE, IN_METADATA, IN_REFCOUNTS, RESERVED, BITMAP };
-
-struct scan {
-	struct image *i;
-	struct image_check *c;
-	const struct qcow2 *q;          /* the shape of clusters and refcounts; the rest is read again */
-	struct qcow2_header h;
-	uint32_t cluster;
-	bool ext;                       /* extended L2 entries */
-	uint64_t bytes, n;              /* of the file; its clusters, the last may be a part */
-	uint64_t top;                   /* clusters before this may be in use */
-	bool sparse;
-	bool mending;                   /* nothing is said and counted in statistics any more */
-	bool no_refs;                   /* the refcount structure is not there */
-	enum image_repair fix;          /* what this scan mends on its way: refcounts, COPIED */
-
-	struct cell **chunk;
-	uint32_t *hash, hash_size, cells, cells_most;
-
-	struct l1 *l1;
-	uint32_t l1_n;
-	struct snap *snap;
-	uint32_t snap_n, snap_room;
-	uint64_t *rt;                   /* refcount table; entries that cannot be used are 0 */
-	uint64_t rt_n;
-	uint64_t *l2_list;              /* host clusters of the L2 tables, in order */
-	uint32_t l2_n;
-	void *table;                    /* one cluster */
-
-	uint64_t corruptions, leaks, errors;
-	uint64_t bad_entries;
-	bool unreadable;                /* something could not be read: what looks unused may be used */
-	bool bad_refs, bad_snaps, bad_bitmaps;  /* refcount structure, snapshot table, bitmaps cannot be used as they are */
-};
+#define BITMAP_BYTES (1u << 30)        /* of one bitmap's table */
 
 /* ---- words ---- */
 
@@ -138,16 +71,11 @@ static uint32_t hash_of(const struct scan *k, uint64_t key)
 	return (uint32_t)((key * 0x9e3779b97f4a7c15ull) >> 32) & (k->hash_size - 1);
 }
 
-static struct cell *nth_cell(const struct scan *k, uint32_t n)
-{
-	return &k->chunk[n / CELL_CHUNK][n % CELL_CHUNK];
-}
-
 static uint32_t *cell_place(const struct scan *k, uint64_t key)
 {
 	uint32_t at = hash_of(k, key);
 
-	while (k->hash[at] && nth_cell(k, k->hash[at] - 1)->key != key)
+	while (k->hash[at] && scan_cell(k, k->hash[at] - 1)->key != key)
 		at = (at + 1) & (k->hash_size - 1);
 	return &k->hash[at];
 }
@@ -163,7 +91,7 @@ static int grow_hash(struct scan *k)
 	k->hash = more;
 	k->hash_size = size;
 	for (uint32_t n = 0; n < k->cells; n++)
-		*cell_place(k, nth_cell(k, n)->key) = n + 1;
+		*cell_place(k, scan_cell(k, n)->key) = n + 1;
 	return 0;
 }
 
@@ -180,18 +108,18 @@ static int grow_cells(struct scan *k)
 }
 
 /* The cell of a cluster; NULL: nothing was counted there. */
-static struct cell *look(const struct scan *k, uint64_t cluster)
+struct cell *scan_look(const struct scan *k, uint64_t cluster)
 {
 	uint32_t n = k->hash_size ? *cell_place(k, cluster / CELL) : 0;
 
-	return n ? nth_cell(k, n - 1) : NULL;
+	return n ? scan_cell(k, n - 1) : NULL;
 }
 
 static int cell_of(struct scan *k, uint64_t cluster, struct cell **ret)
 {
 	int r = 0;
 
-	*ret = look(k, cluster);
+	*ret = scan_look(k, cluster);
 	if (*ret)
 		return 0;
 	if (k->cells >= k->cells_most)
@@ -202,7 +130,7 @@ static int cell_of(struct scan *k, uint64_t cluster, struct cell **ret)
 		r = grow_hash(k);
 	if (r)
 		return r;
-	*ret = nth_cell(k, k->cells);
+	*ret = scan_cell(k, k->cells);
 	(*ret)->key = cluster / CELL;
 	*cell_place(k, cluster / CELL) = ++k->cells;
 	return 0;
@@ -224,15 +152,8 @@ static uint64_t bit_of(uint64_t cluster)
 	return 1ull << cluster % CELL;
 }
 
-static unsigned refs_of(const struct scan *k, uint64_t cluster)
-{
-	const struct cell *e = look(k, cluster);
-
-	return e ? e->refs[cluster % CELL] : 0;
-}
-
 /* One more user, or as many as the L1 entries that lead to it. */
-static int use(struct scan *k, uint64_t cluster, unsigned times, struct cell **ret)
+int scan_use(struct scan *k, uint64_t cluster, unsigned times, struct cell **ret)
 {
 	struct cell *e;
 	int r = cell_of(k, cluster, &e);
@@ -259,7 +180,7 @@ static uint64_t next_data(const struct scan *k, uint64_t off, uint64_t end)
 }
 
 /* 1; 0: all of it is zeroes (or could not be read, which is counted). */
-static int read_table(struct scan *k, void *buf, uint64_t len, uint64_t off, const char *what)
+int scan_read(struct scan *k, void *buf, uint64_t len, uint64_t off, const char *what)
 {
 	int r;
 
@@ -273,11 +194,8 @@ static int read_table(struct scan *k, void *buf, uint64_t len, uint64_t off, con
 	return !r;
 }
 
-/* e may be changed: then it is written back. 0, or -errno to stop. */
-typedef int entry_fn(struct scan *k, uint64_t *e, uint64_t index, void *arg);
-
 /* fn for each of n 8-byte entries at off that is not 0. */
-static int each_entry(struct scan *k, uint64_t off, uint64_t n, const char *what, entry_fn *fn, void *arg)
+int scan_entries(struct scan *k, uint64_t off, uint64_t n, const char *what, entry_fn *fn, void *arg)
 {
 	auto_free uint64_t *buf = malloc(READ_CHUNK);
 	uint64_t end = off + n * 8;
@@ -288,7 +206,7 @@ static int each_entry(struct scan *k, uint64_t off, uint64_t n, const char *what
 
 		at = next_data(k, at, end) & ~7ull;
 		len = MIN(end - at, READ_CHUNK);
-		if (!len || !read_table(k, buf, len, at, what)) {
+		if (!len || !scan_read(k, buf, len, at, what)) {
 			at += len;
 			continue;
 		}
@@ -305,22 +223,6 @@ static int each_entry(struct scan *k, uint64_t off, uint64_t n, const char *what
 		at += len;
 	}
 	return r;
-}
-
-static uint32_t get32(const uint8_t *p)
-{
-	uint32_t n;
-
-	memcpy(&n, p, sizeof(n));
-	return be32toh(n);
-}
-
-static uint64_t get64(const uint8_t *p)
-{
-	uint64_t n;
-
-	memcpy(&n, p, sizeof(n));
-	return be64toh(n);
 }
 
 static int read_head(struct scan *k, struct error *err)
@@ -352,7 +254,7 @@ static int read_head(struct scan *k, struct error *err)
 static uint64_t find_overlap(const struct scan *k, uint64_t first, uint64_t end)
 {
 	for (uint64_t at = first; at < end; at = (at / CELL + 1) * CELL) {
-		const struct cell *e = look(k, at);
+		const struct cell *e = scan_look(k, at);
 		uint64_t hit = e ? (e->meta | e->counts) & ~0ull << at % CELL : 0;
 
 		if (hit)
@@ -384,7 +286,7 @@ static int mark(struct scan *k, uint64_t off, uint64_t len, bool counts, const c
 	}
 	for (uint64_t at = first; at < end; at++) {
 		struct cell *e;
-		int r = use(k, at, 1, &e);
+		int r = scan_use(k, at, 1, &e);
 
 		if (r)
 			return r;
@@ -536,7 +438,7 @@ static int scan_bitmap_directory(struct scan *k, const uint8_t *dir, uint64_t le
 		size = get32(dir + at + 8) * 8ull;
 		r = size > BITMAP_BYTES ? 0 : mark(k, off, size, false, "bitmap table", b + 1);
 		if (r > 0)
-			r = each_entry(k, off, size / 8, "the bitmap table", use_bitmap, NULL);
+			r = scan_entries(k, off, size / 8, "the bitmap table", use_bitmap, NULL);
 		else if (!r)
 			k->bad_bitmaps = true;
 		if (r < 0)
@@ -576,7 +478,7 @@ static int scan_bitmaps(struct scan *k)
 
 	if (!(k->h.autoclear & QCOW2_BITMAPS))
 		return 0;
-	if (!read_table(k, k->table, k->cluster, 0, "the header"))
+	if (!scan_read(k, k->table, k->cluster, 0, "the header"))
 		return 0;
 	ext = find_extension(k, k->table, QCOW2_EXT_BITMAPS, &len);
 	if (!ext || len != 24) {
@@ -595,15 +497,10 @@ static int scan_bitmaps(struct scan *k)
 	dir = calloc(1, size + 1);
 	if (!dir)
 		return -ENOMEM;
-	return read_table(k, dir, size, off, "the directory of the bitmaps") ? scan_bitmap_directory(k, dir, size, n) : 0;
+	return scan_read(k, dir, size, off, "the directory of the bitmaps") ? scan_bitmap_directory(k, dir, size, n) : 0;
 }
 
 /* ---- the refcount structure ---- */
-
-static uint64_t per_block(const struct scan *k)
-{
-	return (uint64_t)k->cluster * 8 >> k->h.refcount_order;
-}
 
 static int use_block(struct scan *k, uint64_t *e, uint64_t index, void *arg)
 {
@@ -645,13 +542,13 @@ static int scan_refcount_table(struct scan *k)
 	if (!k->rt)
 		return -ENOMEM;
 	k->rt_n = len / 8;
-	return each_entry(k, k->h.refcount_offset, k->rt_n, "the refcount table", use_block, NULL);
+	return scan_entries(k, k->h.refcount_offset, k->rt_n, "the refcount table", use_block, NULL);
 }
 
 /* The refcount of one cluster, from the file. */
-static uint64_t stored_refcount(const struct scan *k, uint64_t cluster)
+uint64_t scan_stored(const struct scan *k, uint64_t cluster)
 {
-	uint64_t per = per_block(k), n = cluster % per, bit = n << k->h.refcount_order;
+	uint64_t per = scan_per_block(k), n = cluster % per, bit = n << k->h.refcount_order;
 	uint8_t b[8];
 
 	if (cluster / per >= k->rt_n || !k->rt[cluster / per] ||
@@ -664,7 +561,7 @@ static uint64_t stored_refcount(const struct scan *k, uint64_t cluster)
 
 static enum fault judge_cluster(const struct scan *k, uint64_t cluster, bool l2_too)
 {
-	const struct cell *e = look(k, cluster);
+	const struct cell *e = scan_look(k, cluster);
 
 	if (e && (e->meta | (l2_too ? e->l2 : 0)) & bit_of(cluster))
 		return IN_METADATA;
@@ -714,12 +611,7 @@ static enum fault judge_compressed(const struct scan *k, uint64_t e, uint64_t bi
 	return e & QCOW2_COPIED ? RESERVED : k->ext && bits ? BITMAP : FINE;
 }
 
-static uint64_t l2_reserved(const struct scan *k)
-{
-	return QCOW2_L2_RESERVED | (k->h.version < 3 || k->ext ? QCOW2_ZERO : 0);
-}
-
-static enum fault judge_l2(const struct scan *k, uint64_t e, uint64_t bits)
+enum fault scan_judge(const struct scan *k, uint64_t e, uint64_t bits)
 {
 	enum fault f;
 
@@ -728,7 +620,7 @@ static enum fault judge_l2(const struct scan *k, uint64_t e, uint64_t bits)
 	f = e & QCOW2_OFFSET ? judge_place(k, e & QCOW2_OFFSET, true) : FINE;
 	if (f)
 		return f;
-	if (e & l2_reserved(k) || (e & QCOW2_COPIED && !(e & QCOW2_OFFSET)))
+	if (e & scan_l2_reserved(k) || (e & QCOW2_COPIED && !(e & QCOW2_OFFSET)))
 		return RESERVED;
 	if (k->ext && (bits >> 32 & bits & UINT32_MAX || (!(e & QCOW2_OFFSET) && bits & UINT32_MAX)))
 		return BITMAP;
@@ -750,36 +642,14 @@ static const char *fault_words(enum fault f)
 	return words[f];
 }
 
-/* Entries of an L2 table, and what is in number n of the table in k->table. */
-static uint32_t l2_entries(const struct scan *k)
-{
-	return k->cluster / (k->ext ? 16 : 8);
-}
-
-static uint64_t l2_get(const struct scan *k, uint32_t n, uint64_t *bits)
-{
-	const uint8_t *p = (const uint8_t *)k->table + (size_t)n * (k->ext ? 16 : 8);
-
-	*bits = k->ext ? get64(p + 8) : 0;
-	return get64(p);
-}
-
-static void l2_set(const struct scan *k, uint32_t n, uint64_t e, uint64_t bits)
-{
-	uint8_t *p = (uint8_t *)k->table + (size_t)n * (k->ext ? 16 : 8);
-	uint64_t be[2] = { htobe64(e), htobe64(bits) };
-
-	memcpy(p, be, k->ext ? 16 : 8);
-}
-
 /* Can that table, which is also called a refcount block, be an L2 table? */
 static bool like_l2(struct scan *k, uint64_t cluster)
 {
-	if (!read_table(k, k->table, k->cluster, cluster << k->h.cluster_bits, "the L2 table"))
+	if (!scan_read(k, k->table, k->cluster, cluster << k->h.cluster_bits, "the L2 table"))
 		return false;
-	for (uint32_t n = 0; n < l2_entries(k); n++) {
-		uint64_t bits, e = l2_get(k, n, &bits);
-		enum fault f = e | bits ? judge_l2(k, e, bits) : FINE;
+	for (uint32_t n = 0; n < scan_l2_entries(k); n++) {
+		uint64_t bits, e = scan_l2_get(k, n, &bits);
+		enum fault f = e | bits ? scan_judge(k, e, bits) : FINE;
 
 		if (f && f != IN_REFCOUNTS)
 			return false;
@@ -791,16 +661,11 @@ static bool like_l2(struct scan *k, uint64_t cluster)
  * Where an entry and the refcount structure claim the same place, the refcounts give way: they can be made anew, and
  * what the entry meant cannot. Except if what lies there cannot be an L2 table.
  */
-static enum fault judge_l2_table(struct scan *k, uint64_t e)
+enum fault scan_judge_l1(struct scan *k, uint64_t e)
 {
 	enum fault f = judge_l1(k, e);
 
 	return f == IN_REFCOUNTS && !like_l2(k, (e & QCOW2_OFFSET) >> k->h.cluster_bits) ? IN_METADATA : f;
-}
-
-static bool usable(enum fault f)
-{
-	return f == FINE || f == IN_REFCOUNTS || f == RESERVED || f == BITMAP;
 }
 
 static void bad_entry(struct scan *k, enum fault f)
@@ -815,7 +680,7 @@ static int use_l2(struct scan *k, uint64_t *e, uint64_t index, void *arg)
 {
 	const struct l1 *l1 = arg;
 	uint64_t cluster = (*e & QCOW2_OFFSET) >> k->h.cluster_bits;
-	enum fault f = judge_l2_table(k, *e);
+	enum fault f = scan_judge_l1(k, *e);
 	struct cell *cell;
 	int r;
 
@@ -824,9 +689,9 @@ static int use_l2(struct scan *k, uint64_t *e, uint64_t index, void *arg)
 			fault_words(f));
 		bad_entry(k, f);
 	}
-	if (!cluster || !usable(f))
+	if (!cluster || !scan_usable(f))
 		return 0;
-	r = use(k, cluster, 1, &cell);
+	r = scan_use(k, cluster, 1, &cell);
 	if (r)
 		return r;
 	k->l2_n += !(cell->l2 & bit_of(cluster));
@@ -851,7 +716,7 @@ static int list_l2(struct scan *k)
 	if (!k->l2_list)
 		return -ENOMEM;
 	for (uint32_t c = 0; c < k->cells; c++) {
-		const struct cell *e = nth_cell(k, c);
+		const struct cell *e = scan_cell(k, c);
 
 		for (uint64_t left = e->l2; left; left &= left - 1)
 			k->l2_list[n++] = e->key * CELL + (unsigned)__builtin_ctzll(left);
@@ -866,7 +731,7 @@ static int scan_l1s(struct scan *k)
 
 	k->l2_n = 0;
 	for (uint32_t n = 0; n < k->l1_n && !r; n++)
-		r = each_entry(k, k->l1[n].off, k->l1[n].n, "the L1 table", use_l2, &k->l1[n]);
+		r = scan_entries(k, k->l1[n].off, k->l1[n].n, "the L1 table", use_l2, &k->l1[n]);
 	return r ? r : list_l2(k);
 }
 
@@ -886,7 +751,7 @@ static int use_entry(struct scan *k, uint64_t e, unsigned times, struct run *run
 	else if (!off)
 		return 0;
 	for (uint64_t at = off >> k->h.cluster_bits; at <= (off + len - 1) >> k->h.cluster_bits && !r; at++)
-		r = use(k, at, times, NULL);
+		r = scan_use(k, at, times, NULL);
 	if (!run->active || k->mending)
 		return r;
 	k->c->allocated++;
@@ -898,15 +763,15 @@ static int use_entry(struct scan *k, uint64_t e, unsigned times, struct run *run
 
 static int scan_l2(struct scan *k, uint64_t table)
 {
-	struct cell *cell = look(k, table);
+	struct cell *cell = scan_look(k, table);
 	struct run run = { .active = cell->active & bit_of(table) };
 	unsigned times = cell->refs[table % CELL];
 
-	if (!read_table(k, k->table, k->cluster, table << k->h.cluster_bits, "the L2 table"))
+	if (!scan_read(k, k->table, k->cluster, table << k->h.cluster_bits, "the L2 table"))
 		return 0;
-	for (uint32_t n = 0; n < l2_entries(k); n++) {
-		uint64_t bits, e = l2_get(k, n, &bits);
-		enum fault f = e | bits ? judge_l2(k, e, bits) : FINE;
+	for (uint32_t n = 0; n < scan_l2_entries(k); n++) {
+		uint64_t bits, e = scan_l2_get(k, n, &bits);
+		enum fault f = e | bits ? scan_judge(k, e, bits) : FINE;
 		int r = 0;
 
 		if (f) {
@@ -914,7 +779,7 @@ static int scan_l2(struct scan *k, uint64_t table)
 				ull(table << k->h.cluster_bits), ull(e), fault_words(f));
 			bad_entry(k, f);
 		}
-		if (usable(f))
+		if (scan_usable(f))
 			r = use_entry(k, e, times, &run);
 		if (r)
 			return r;
@@ -945,7 +810,7 @@ static uint64_t compare(struct scan *k, uint64_t cluster, uint64_t stored, uint6
 
 static bool compare_cell(struct scan *k, uint8_t *block, uint64_t first, uint64_t index)
 {
-	struct cell *cell = look(k, first);
+	struct cell *cell = scan_look(k, first);
 	bool changed = false;
 
 	for (uint64_t n = 0; n < CELL && first + n < k->n; n++) {
@@ -967,12 +832,12 @@ static bool compare_cell(struct scan *k, uint8_t *block, uint64_t first, uint64_
 
 static int compare_block(struct scan *k, uint64_t index)
 {
-	uint64_t per = per_block(k), first = index * per;
+	uint64_t per = scan_per_block(k), first = index * per;
 	bool changed = false;
 
 	if (first >= k->n)
 		return 0;
-	if (!read_table(k, k->table, k->cluster, k->rt[index], "the refcount block"))
+	if (!scan_read(k, k->table, k->cluster, k->rt[index], "the refcount block"))
 		memset(k->table, 0, k->cluster);
 	for (uint64_t n = 0; n < per && first + n < k->n; n += CELL)
 		changed |= compare_cell(k, k->table, first + n, n);
@@ -983,8 +848,8 @@ static int compare_block(struct scan *k, uint64_t index)
 static void find_uncovered(struct scan *k)
 {
 	for (uint32_t c = 0; c < k->cells; c++) {
-		struct cell *e = nth_cell(k, c);
-		uint64_t first = e->key * CELL, index = first / per_block(k);
+		struct cell *e = scan_cell(k, c);
+		uint64_t first = e->key * CELL, index = first / scan_per_block(k);
 
 		if (index < k->rt_n && k->rt[index])
 			continue;
@@ -1019,7 +884,7 @@ static int compare_refcounts(struct scan *k)
 static uint64_t check_copied(struct scan *k, uint64_t e, const char *what)
 {
 	uint64_t cluster = (e & QCOW2_OFFSET) >> k->h.cluster_bits;
-	const struct cell *cell = look(k, cluster);
+	const struct cell *cell = scan_look(k, cluster);
 	bool once = cell && cell->once & bit_of(cluster), sole = cell && cell->sole & bit_of(cluster);
 
 	if (once == !!(e & QCOW2_COPIED))
@@ -1036,7 +901,7 @@ static int copied_l1(struct scan *k, uint64_t *e, uint64_t index, void *arg)
 {
 	(void)index;
 	(void)arg;
-	if (*e & QCOW2_OFFSET && usable(judge_l1(k, *e)))
+	if (*e & QCOW2_OFFSET && scan_usable(judge_l1(k, *e)))
 		*e = check_copied(k, *e, "L2 table at");
 	return 0;
 }
@@ -1046,15 +911,15 @@ static int copied_l2(struct scan *k, uint64_t table)
 	uint64_t off = table << k->h.cluster_bits;
 	bool changed = false;
 
-	if (!read_table(k, k->table, k->cluster, off, "the L2 table"))
+	if (!scan_read(k, k->table, k->cluster, off, "the L2 table"))
 		return 0;
-	for (uint32_t n = 0; n < l2_entries(k); n++) {
-		uint64_t bits, e = l2_get(k, n, &bits), now = e;
+	for (uint32_t n = 0; n < scan_l2_entries(k); n++) {
+		uint64_t bits, e = scan_l2_get(k, n, &bits), now = e;
 
-		if (!(e & QCOW2_COMPRESSED) && e & QCOW2_OFFSET && usable(judge_l2(k, e, bits)))
+		if (!(e & QCOW2_COMPRESSED) && e & QCOW2_OFFSET && scan_usable(scan_judge(k, e, bits)))
 			now = check_copied(k, e, "cluster at");
 		if (now != e)
-			l2_set(k, n, now, bits);
+			scan_l2_set(k, n, now, bits);
 		changed |= now != e;
 	}
 	return changed ? meta_write(&k->i->file, k->table, k->cluster, off) : 0;
@@ -1066,9 +931,9 @@ static int scan_copied(struct scan *k)
 
 	for (uint32_t n = 0; n < k->l1_n && !r; n++)
 		if (k->l1[n].active)
-			r = each_entry(k, k->l1[n].off, k->l1[n].n, "the L1 table", copied_l1, NULL);
+			r = scan_entries(k, k->l1[n].off, k->l1[n].n, "the L1 table", copied_l1, NULL);
 	for (uint32_t n = 0; n < k->l2_n && !r; n++) {
-		const struct cell *cell = look(k, k->l2_list[n]);
+		const struct cell *cell = scan_look(k, k->l2_list[n]);
 
 		if (cell->active & bit_of(k->l2_list[n]))
 			r = copied_l2(k, k->l2_list[n]);
@@ -1098,7 +963,7 @@ static int count_users(struct scan *k)
 	return r;
 }
 
-static int scan(struct scan *k, struct error *err)
+int qcow2_scan(struct scan *k, struct error *err)
 {
 	int r;
 
@@ -1123,360 +988,7 @@ static int scan(struct scan *k, struct error *err)
 	return r ? error_errno(err, -r, "the check could not be finished") : 0;
 }
 
-/* ---- mending: entries ---- */
-
-/* The cluster that an entry with low bits too many may have meant: in use says its refcount, and nobody else uses it. */
-static uint64_t meant(struct scan *k, uint64_t off)
-{
-	uint64_t cluster = off >> k->h.cluster_bits;
-
-	if (cluster >= k->n || refs_of(k, cluster) || !stored_refcount(k, cluster) || use(k, cluster, 1, NULL))
-		return 0;
-	return cluster << k->h.cluster_bits;
-}
-
-static int mend_l1(struct scan *k, uint64_t *e, uint64_t index, void *arg)
-{
-	enum fault f = judge_l2_table(k, *e);
-
-	(void)index;
-	(void)arg;
-	if (f == UNALIGNED)
-		*e = meant(k, *e & QCOW2_OFFSET);
-	else if (f == RESERVED)
-		*e &= *e & QCOW2_OFFSET ? ~QCOW2_L1_RESERVED : 0;
-	else if (!usable(f))
-		*e = 0;
-	return 0;
-}
-
-/* Zeroes where the format can say so; else what the backing image has. */
-static uint64_t lost(const struct scan *k, uint64_t *bits)
-{
-	*bits = k->ext ? ALL_ZERO : 0;
-	return k->h.version >= 3 && !k->ext ? QCOW2_ZERO : 0;
-}
-
-static uint64_t mend_entry(struct scan *k, uint64_t e, uint64_t *bits)
-{
-	enum fault f = judge_l2(k, e, *bits);
-	uint64_t place;
-
-	switch (f) {
-	case UNALIGNED:
-		place = meant(k, e & QCOW2_OFFSET);
-		return place ? (e & ~QCOW2_OFFSET & ~l2_reserved(k)) | place : lost(k, bits);
-	case OUTSIDE:
-	case IN_METADATA:
-		return lost(k, bits);
-	case RESERVED:
-		return e & (e & QCOW2_COMPRESSED || !(e & QCOW2_OFFSET) ? ~QCOW2_COPIED : ~0ull) &
-			(e & QCOW2_COMPRESSED ? ~0ull : ~l2_reserved(k));
-	case BITMAP:
-		if (e & QCOW2_COMPRESSED)
-			*bits = 0;
-		else if (!(e & QCOW2_OFFSET))
-			*bits |= *bits << 32, *bits &= ALL_ZERO;
-		else
-			*bits &= ~(*bits << 32);
-		return e;
-	case FINE:
-	case IN_REFCOUNTS:
-		break;
-	}
-	return e;
-}
-
-static int mend_l2(struct scan *k, uint64_t table)
-{
-	uint64_t off = table << k->h.cluster_bits;
-	bool changed = false;
-
-	if (!read_table(k, k->table, k->cluster, off, "the L2 table"))
-		return 0;
-	for (uint32_t n = 0; n < l2_entries(k); n++) {
-		uint64_t bits, e = l2_get(k, n, &bits), was = bits, now;
-
-		if (!(e | bits))
-			continue;
-		now = mend_entry(k, e, &bits);
-		if (now == e && bits == was)
-			continue;
-		l2_set(k, n, now, bits);
-		changed = true;
-	}
-	return changed ? meta_write(&k->i->file, k->table, k->cluster, off) : 0;
-}
-
-static int mend_entries(struct scan *k)
-{
-	int r = 0;
-
-	for (uint32_t n = 0; n < k->l2_n && !r; n++)
-		r = mend_l2(k, k->l2_list[n]);
-	for (uint32_t n = 0; n < k->l1_n && !r; n++)
-		r = each_entry(k, k->l1[n].off, k->l1[n].n, "the L1 table", mend_l1, NULL);
-	return r;
-}
-
-/* ---- mending: new structures behind everything ---- */
-
-/* The first cluster that nothing lies in or after; of a block device: that nothing is known to. */
-static uint64_t behind(const struct scan *k)
-{
-	uint64_t entries = k->n / per_block(k) + 1;
-
-	return k->i->file.blockdev || entries * 8 > QCOW2_RT_MAX / 2 ? k->top : MAX(k->n, k->top);
-}
-
-/* The file will have clusters from first on: writing them makes it longer. */
-static int room_for(struct scan *k, uint64_t first, uint64_t clusters)
-{
-	struct host_file *f = &k->i->file;
-	uint64_t end;
-
-	if (__builtin_mul_overflow(first + clusters, (uint64_t)k->cluster, &end) || end > INT64_MAX)
-		return -EFBIG;
-	if (f->blockdev && end > f->size)
-		return -ENOSPC;
-	f->size = MAX(f->size, end);
-	return 0;
-}
-
-/* n bytes of the header at off, after all that was written before. */
-static int switch_head(struct scan *k, const void *bytes, size_t n, uint64_t off)
-{
-	int r = meta_sync(&k->i->file);
-
-	r = r ? r : meta_write(&k->i->file, bytes, n, off);
-	return r ? r : meta_sync(&k->i->file);
-}
-
-/* A copy of one entry, with the fields that version 3 wants; bytes of it. */
-static int copy_snap(struct scan *k, const struct snap *s, uint8_t *out, uint32_t *len)
-{
-	uint32_t extra = s->brief ? 16 : s->extra;
-	uint64_t vm_state, size = htobe64(k->h.size);
-	int r = meta_read_all(&k->i->file, out, 40, s->at);
-
-	if (!r)
-		r = meta_read_all(&k->i->file, out + 40, s->extra, s->at + 40);
-	if (!r)
-		r = meta_read_all(&k->i->file, out + 40 + extra, s->len - 40 - s->extra, s->at + 40 + s->extra);
-	if (r)
-		return r;
-	if (s->brief) {
-		uint32_t be = htobe32(extra);
-
-		vm_state = htobe64(get32(out + 32));
-		if (s->extra < 8)
-			memcpy(out + 40, &vm_state, 8);
-		memcpy(out + 48, &size, 8);
-		memcpy(out + 36, &be, 4);
-	}
-	*len = s->len - s->extra + extra;
-	return 0;
-}
-
-/* The snapshot table with only what can be kept. */
-static int mend_snaps(struct scan *k)
-{
-	uint64_t first = behind(k), at = 0, most = 0;
-	auto_free uint8_t *table = NULL;
-	uint8_t head[12] = { 0 };
-	uint32_t kept = 0;
-	int r = 0;
-
-	for (uint32_t n = 0; n < k->snap_n; n++)
-		most += k->snap[n].len + 24;
-	table = calloc(1, most + k->cluster);
-	if (!table)
-		return -ENOMEM;
-	for (uint32_t n = 0; n < k->snap_n && !r; n++) {
-		uint32_t len;
-
-		if (k->snap[n].bad)
-			continue;
-		r = copy_snap(k, &k->snap[n], table + at, &len);
-		at += (len + 7) & ~7u;
-		kept++;
-	}
-	at = (at + k->cluster - 1) & ~(uint64_t)(k->cluster - 1);
-	if (!r && kept)
-		r = room_for(k, first, at / k->cluster);
-	if (!r && kept)
-		r = meta_write(&k->i->file, table, at, first << k->h.cluster_bits);
-	if (r)
-		return r;
-	if (kept) {
-		uint64_t off = htobe64(first << k->h.cluster_bits);
-
-		kept = htobe32(kept);
-		memcpy(head, &kept, 4);
-		memcpy(head + 4, &off, 8);
-	}
-	return switch_head(k, head, sizeof(head), 60);
-}
-
-/* A refcount structure in the making: where, and which blocks. */
-struct rebuild {
-	uint64_t first, blocks, table_clusters, entries;
-	uint64_t *rt;                   /* QCOW2_RT_MAX; host offset of each block, 0 none */
-};
-
-static int plan_rebuild(struct scan *k, struct rebuild *b)
-{
-	uint64_t per = per_block(k), before;
-
-	b->first = behind(k);
-	b->blocks = b->table_clusters = 1;
-	for (uint32_t c = 0; c < k->cells; c++) {
-		uint64_t index = nth_cell(k, c)->key * CELL / per;
-
-		if (index >= QCOW2_RT_MAX / 8)
-			return -EFBIG;
-		b->rt[index] = 1;
-	}
-	do {                            /* the structure counts itself: until it does not grow any more */
-		uint64_t end = b->first + b->blocks + b->table_clusters;
-
-		before = b->blocks + b->table_clusters;
-		b->entries = (end - 1) / per + 1;
-		if (b->entries > QCOW2_RT_MAX / 8)
-			return -EFBIG;
-		for (uint64_t n = b->first / per; n < b->entries; n++)
-			b->rt[n] = 1;
-		b->blocks = 0;
-		for (uint64_t n = 0; n < b->entries; n++)
-			b->blocks += b->rt[n];
-		b->table_clusters = (b->entries * 8 + k->cluster - 1) >> k->h.cluster_bits;
-	} while (b->blocks + b->table_clusters > before);
-	return 0;
-}
-
-static int write_block(struct scan *k, const struct rebuild *b, uint64_t index, uint64_t off)
-{
-	uint64_t per = per_block(k), first = index * per, end = b->first + b->blocks + b->table_clusters;
-
-	memset(k->table, 0, k->cluster);
-	for (uint64_t n = 0; n < per; n += CELL) {
-		const struct cell *cell = look(k, first + n);
-
-		for (uint64_t m = 0; m < CELL; m++) {
-			uint64_t refs = cell ? cell->refs[m] : 0;
-
-			if (first + n + m >= b->first && first + n + m < end)
-				refs = 1;
-			refs = refs == REFS_MAX ? k->q->refs_max : MIN(refs, k->q->refs_max);
-			qcow2_ref_store(k->q, k->table, (unsigned)(n + m), refs);
-		}
-	}
-	return meta_write(&k->i->file, k->table, k->cluster, off);
-}
-
-static int write_rebuilt(struct scan *k, struct rebuild *b)
-{
-	uint64_t at = b->first << k->h.cluster_bits, len = b->table_clusters << k->h.cluster_bits;
-	uint32_t clusters = htobe32((uint32_t)b->table_clusters);
-	uint64_t off;
-	uint8_t head[12];
-	int r = room_for(k, b->first, b->blocks + b->table_clusters);
-
-	for (uint64_t n = 0; n < b->entries && !r; n++) {
-		if (!b->rt[n])
-			continue;
-		r = write_block(k, b, n, at);
-		b->rt[n] = htobe64(at);
-		at += k->cluster;
-	}
-	off = htobe64(at);
-	if (!r)
-		r = meta_write(&k->i->file, b->rt, len, at);
-	if (r)
-		return r;
-	memcpy(head, &off, 8);
-	memcpy(head + 8, &clusters, 4);
-	return switch_head(k, head, sizeof(head), 48);
-}
-
-/* The scan counted all but the refcount structure. */
-static int rebuild_refcounts(struct scan *k)
-{
-	auto_free uint64_t *rt = calloc(1, QCOW2_RT_MAX + k->cluster);
-	struct rebuild b = { .rt = rt };
-	int r = rt ? plan_rebuild(k, &b) : -ENOMEM;
-
-	return r ? r : write_rebuilt(k, &b);
-}
-
-/* ---- mending: everything ---- */
-
-/* What leads elsewhere or lies elsewhere. */
-static int mend_structures(struct scan *k, struct error *err)
-{
-	int r = 0;
-
-	/* An L2 table that was found again may have bad entries of its own. */
-	for (unsigned tries = 0; k->bad_entries && tries < 3 && !r; tries++) {
-		r = mend_entries(k);
-		r = r ? error_errno(err, -r, "cannot mend the L1 and L2 tables") : scan(k, err);
-	}
-	if (!r && k->bad_snaps) {
-		r = mend_snaps(k);
-		r = r ? error_errno(err, -r, "cannot mend the snapshot table") : scan(k, err);
-	}
-	if (!r && k->bad_refs) {
-		uint64_t top = k->top;
-
-		k->no_refs = true;
-		r = scan(k, err);
-		k->top = MAX(k->top, top);      /* where the old one may lie, until the header leads to the new one */
-		if (!r) {
-			r = rebuild_refcounts(k);
-			r = r ? error_errno(err, -r, "cannot rebuild the refcounts") : 0;
-		}
-		k->no_refs = false;
-	}
-	return r;
-}
-
-/* The disk has a map: without one, nothing here is worth a change. */
-static bool has_map(const struct scan *k)
-{
-	return k->l1_n && k->l1[0].active;
-}
-
-static int clear_marks(struct scan *k)
-{
-	uint64_t flags = htobe64(k->h.incompatible & ~(uint64_t)(QCOW2_DIRTY | QCOW2_CORRUPT));
-
-	return k->h.incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT) ? switch_head(k, &flags, sizeof(flags), 72) : 0;
-}
-
-static int mend(struct scan *k, enum image_repair repair, struct error *err)
-{
-	int r = 0;
-
-	k->mending = true;
-	if (k->unreadable)
-		return 0;
-	if (repair == REPAIR_ALL)
-		r = mend_structures(k, err);
-	if (r)
-		return r;
-	/* What nobody refers to may still be the data that a broken entry meant. */
-	if (repair == REPAIR_ALL || (!k->bad_entries && !k->bad_snaps && !k->bad_bitmaps && !k->bad_refs)) {
-		k->fix = repair;
-		r = scan(k, err);
-		k->fix = REPAIR_NONE;
-	}
-	r = r ? r : scan(k, err);
-	if (!r && !k->corruptions && !k->errors)
-		r = clear_marks(k);
-	if (!r)
-		r = meta_sync(&k->i->file);
-	return r && err && !err->code ? error_errno(err, -r, "cannot mend it") : r;
-}
+/* ---- the whole ---- */
 
 static void scan_free(struct scan *k)
 {
@@ -1488,13 +1000,19 @@ static void scan_free(struct scan *k)
 	free(k->table);
 }
 
+/* The disk has a map: without one, nothing here is worth a change. */
+static bool has_map(const struct scan *k)
+{
+	return k->l1_n && k->l1[0].active;
+}
+
 static int run(struct scan *k, enum image_repair repair, struct error *err)
 {
 	struct image_check *c = k->c;
 	int r;
 
 	c->allocated = c->fragmented = c->compressed = 0;
-	r = scan(k, err);
+	r = qcow2_scan(k, err);
 	if (r)
 		return r;
 	c->corruptions = k->corruptions;
@@ -1507,7 +1025,7 @@ static int run(struct scan *k, enum image_repair repair, struct error *err)
 	if (k->h.incompatible & QCOW2_CORRUPT)
 		found(k, NULL, "the image is marked corrupt");
 	if (repair != REPAIR_NONE && has_map(k) && (k->corruptions || k->leaks || k->h.incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT))) {
-		r = mend(k, repair, err);
+		r = qcow2_mend(k, repair, err);
 		if (!r) {
 			c->fixed_corruptions = c->corruptions - MIN(c->corruptions, k->corruptions);
 			c->fixed_leaks = c->leaks - MIN(c->leaks, k->leaks);
