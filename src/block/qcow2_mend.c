@@ -17,14 +17,22 @@
 
 /* ---- entries ---- */
 
-/* The cluster that an entry with low bits too many may have meant: in use says its refcount, and nobody else uses it. */
-static uint64_t meant(struct scan *k, uint64_t off)
+/*
+ * The cluster that an entry with low bits too many may have meant, 0 if it cannot be: the refcount in the file says that
+ * it has one user more than was found, and those found use it for the same thing.
+ */
+static uint64_t meant(struct scan *k, uint64_t off, bool l2_table)
 {
-	uint64_t cluster = off >> k->h.cluster_bits;
+	uint64_t cluster = off >> k->h.cluster_bits, bit = 1ull << cluster % CELL;
+	const struct cell *e = scan_look(k, cluster);
 
-	if (cluster >= k->n || scan_refs(k, cluster) || !scan_stored(k, cluster) || scan_use(k, cluster, 1, NULL))
+	if (cluster >= k->n || scan_stored(k, cluster) <= scan_refs(k, cluster))
 		return 0;
-	return cluster << k->h.cluster_bits;
+	if (e && (e->meta | e->counts) & bit)
+		return 0;
+	if (scan_refs(k, cluster) && !(e->l2 & bit) == l2_table)
+		return 0;
+	return scan_use(k, cluster, 1, NULL) ? 0 : cluster << k->h.cluster_bits;
 }
 
 static int mend_l1(struct scan *k, uint64_t *e, uint64_t index, void *arg)
@@ -34,7 +42,7 @@ static int mend_l1(struct scan *k, uint64_t *e, uint64_t index, void *arg)
 	(void)index;
 	(void)arg;
 	if (f == UNALIGNED)
-		*e = meant(k, *e & QCOW2_OFFSET);
+		*e = meant(k, *e & QCOW2_OFFSET, true);
 	else if (f == RESERVED)
 		*e &= *e & QCOW2_OFFSET ? ~QCOW2_L1_RESERVED : 0;
 	else if (!scan_usable(f))
@@ -56,7 +64,7 @@ static uint64_t mend_entry(struct scan *k, uint64_t e, uint64_t *bits)
 
 	switch (f) {
 	case UNALIGNED:
-		place = meant(k, e & QCOW2_OFFSET);
+		place = meant(k, e & QCOW2_OFFSET, false);
 		return place ? (e & ~QCOW2_OFFSET & ~scan_l2_reserved(k)) | place : lost(k, bits);
 	case OUTSIDE:
 	case IN_METADATA:

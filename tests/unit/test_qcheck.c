@@ -1354,6 +1354,56 @@ START_TEST(sizes_killed)
 }
 END_TEST
 
+static int mend_it(struct image *i)
+{
+	struct image_check c = { 0 };
+
+	return image_check(i, REPAIR_ALL, &c, &err);
+}
+
+/* Mending that was killed is done again. */
+static void kill_mending(void (*damage)(void))
+{
+	struct image_check c;
+	struct image *i;
+
+	copy_file(base, path);
+	begin_damage();
+	damage();
+	close(file);
+	ck_assert_int_eq(rename(path, base), 0);
+	copy_file(base, path);
+	op_n = 0;
+	recording = true;
+	i = open_it(path, false, true);
+	ck_assert_int_eq(mend_it(i), 0);
+	close_it(i);
+	recording = false;
+	for (unsigned n = 0; n <= op_n; n++) {
+		make_killed(n, n & 1);
+		ck_assert_int_eq(check_it(path, REPAIR_ALL, &c), 0);
+		expect_clean("mended twice");
+		expect_content("mended twice", want, DISK);
+	}
+	while (op_n)
+		free(ops[--op_n].data);
+}
+
+START_TEST(mending_killed)
+{
+	static void (*const list[])(void) = { table_entry_none, unaligned, l1_unaligned, dirty_and_low, snapshot_l1 };
+
+	if (no_tools())
+		return;
+	for (size_t n = 0; n < ARRAY_LEN(list); n++) {
+		make_base("cluster_size=16k");
+		ck_assert_int_eq(shell("qemu-img snapshot -c one %s && qemu-img snapshot -c two %s", base, base), 0);
+		kill_mending(list[n]);
+		drop_base();
+	}
+}
+END_TEST
+
 /* ---- large claims ---- */
 
 START_TEST(far_references_cost_little)
@@ -1403,4 +1453,4 @@ UNIT_MAIN("qcheck", damage_is_mended, damage_with_snapshots_is_mended, damage_of
 	unusable_refcount_table_is_rebuilt, leaks_only, unreadable_is_not_unused, statistics_are_qemus, far_references_cost_little,
 	many_ways_to_one_table, snapshots_ours_for_qemu, snapshots_qemus_for_us, snapshots_of_compressed_clusters,
 	snapshot_of_another_size, snapshots_refused, resized_both_ways, grown_with_space, resized_over_a_backing_image,
-	shrunk_under_a_snapshot, backing_renamed, snapshots_killed, sizes_killed)
+	shrunk_under_a_snapshot, backing_renamed, snapshots_killed, sizes_killed, mending_killed)
