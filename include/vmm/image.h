@@ -154,7 +154,7 @@ int  image_write_compressed(struct image *i, const void *cluster, uint64_t off);
 /* The same for threads that compress: bytes of z[cluster], 0: store it plainly. Any thread, while the image is open. */
 size_t image_compress(const struct image *i, const void *cluster, void *z);
 bool image_compresses(const struct image *i);           /* image_compress() and image_write_packed() are there */
-int  image_write_packed(struct image *i, const void *z, size_t n, uint64_t off);        /* what image_compress() gave, 1 or more */
+int  image_write_packed(struct image *i, void *z, size_t n, uint64_t off);      /* what image_compress() gave, 1 or more; z[cluster] is scribbled on */
 
 int  image_create(const char *path, const struct image_create *c, struct error *err);
 int  image_resize(struct image *i, uint64_t size, enum image_prealloc prealloc, bool shrink, struct error *err);

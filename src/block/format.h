@@ -172,7 +172,7 @@ struct format_ops {
 	int  (*write_compressed)(struct image *i, const void *cluster, uint64_t off);
 	/* The same in two steps: the bytes of a cluster into out[cluster], 0: it is not worth it (pure: any thread); and where they go. */
 	size_t (*compress)(const struct image *i, const void *cluster, void *out);
-	int  (*write_packed)(struct image *i, const void *z, size_t n, uint64_t off);
+	int  (*write_packed)(struct image *i, void *z, size_t n, uint64_t off);
 	/* Just opened, read-only: the disk as it was at an internal snapshot, id or name, from now on. */
 	int  (*use_snapshot)(struct image *i, const char *which, struct error *err);
 	/* f is an empty, open, locked file. The first bytes that say what it is are written last. */

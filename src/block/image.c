@@ -833,7 +833,7 @@ bool image_compresses(const struct image *i)
 	return i->fmt->compress;
 }
 
-int image_write_packed(struct image *i, const void *z, size_t n, uint64_t off)
+int image_write_packed(struct image *i, void *z, size_t n, uint64_t off)
 {
 	int r = check_change(i, off, 0);
 
