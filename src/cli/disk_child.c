@@ -173,6 +173,8 @@ int disk_image(struct disk_args *a, struct image **ret, unsigned k, const char *
 	struct error *err)
 {
 	const char *path = a->file[k].path, *looks = format ? format : disk_guess(a, k);
+	struct stat st;
+	int r;
 
 	if (!format && strcmp(looks, "raw"))
 		return error_set(err, EINVAL, "'%s' looks like %s, and a format is never guessed: -f %s says that it is, -f raw that "
@@ -184,7 +186,11 @@ int disk_image(struct disk_args *a, struct image **ret, unsigned k, const char *
 	how.fd = dup(a->file[k].fd);
 	if (how.fd < 0)
 		return error_errno(err, errno, "'%s'", path);
-	return image_open(ret, path, &how, err);
+	r = image_open(ret, path, &how, err);
+	if (!r && how.readonly && !strcmp(looks, "raw") && !fstat(a->file[k].fd, &st) && st.st_size % 512)
+		log_warn("'%s': its last %u bytes, less than a sector, are no part of the disk ('truncate -s %%512' adds the rest)",
+			path, (unsigned)(st.st_size % 512));
+	return r;
 }
 
 int disk_failed(const struct disk_command *c)

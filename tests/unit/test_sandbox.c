@@ -498,10 +498,116 @@ START_TEST(test_a_ring_opens_nothing_and_registers_nothing)
 }
 END_TEST
 
+/* --- a tool that reads images --- */
+
+static int shut_in_tool(enum sandbox_mode mode, int (*fn)(const void *arg), const void *arg)
+{
+	struct error err = { 0 };
+	int status;
+	pid_t pid = fork();
+
+	ck_assert_int_ge(pid, 0);
+	if (!pid) {
+		page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (sandbox_tool(mode, &err)) {
+			fprintf(stderr, "%s\n", err.msg);
+			_exit(99);
+		}
+		_exit(fn(arg));
+	}
+	ck_assert_int_eq(waitpid(pid, &status, 0), pid);
+	return status;
+}
+
+START_TEST(test_a_tool_reaches_nothing_it_was_not_given)
+{
+	const struct call calls[] = {
+		C(open, (long)"/dev/null", O_RDONLY),
+		C(openat, AT_FDCWD, (long)"/dev/null", O_RDONLY),
+		C(readlink, (long)"/proc/self/exe", 0, 0),
+		C(unlink, (long)"/nonexistent/x"),
+		C(rename, (long)"/nonexistent/x", (long)"/nonexistent/y"),
+		C(newfstatat, AT_FDCWD, (long)"/dev/null", 0, 0),
+		C(statx, AT_FDCWD, (long)"/dev/null", 0, 0, 0),
+		C(fchmod, 0, 0777),
+		C(socket, AF_INET, SOCK_STREAM, 0),
+		C(accept4, 0, 0, 0, 0),
+		C(execve, (long)"/bin/true", 0, 0),
+		C(fork, 0),
+		C(clone, SIGCHLD),
+		C(kill, 1, 0),
+		C(ptrace, 0, 0, 0, 0),
+		C(io_uring_setup, 8, 0),
+		C(mmap, 0, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
+		C(ioctl, 0, TIOCSTI, 0),
+		C(ioctl, 0, KVM_RUN, 0),
+		C(fcntl, 0, F_SETFL, O_APPEND),
+	};
+
+	for (size_t i = 0; i < ARRAY_LEN(calls); i++) {
+		int status = shut_in_tool(SANDBOX_ON, make_call, &calls[i]);
+
+		ck_assert_msg(WIFSIGNALED(status) && WTERMSIG(status) == SIGSYS,
+			"%s: wait status 0x%x, not killed by SIGSYS", calls[i].name, (unsigned)status);
+	}
+}
+END_TEST
+
+static void *write_there(void *fd)
+{
+	return (void *)(intptr_t)pwrite(*(int *)fd, "x", 1, 0);
+}
+
+static int work_on_a_file(const void *arg)
+{
+	struct flock l = { .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 100, .l_len = 1 };
+	int fd = *(const int *)arg, copy;
+	struct stat st;
+	pthread_t t;
+	void *n;
+
+	CHECK(!pthread_create(&t, NULL, write_there, &fd) && !pthread_join(t, &n) && n == (void *)1);
+	CHECK(!ftruncate(fd, 65536) && !fstat(fd, &st) && st.st_size == 65536);
+	CHECK(!fcntl(fd, F_OFD_SETLK, &l) && !fcntl(fd, F_OFD_GETLK, &l));
+	CHECK((copy = dup(fd)) >= 0 && lseek(copy, 0, SEEK_HOLE) > 0 && !fdatasync(copy) && !close(copy));
+	return 0;
+}
+
+START_TEST(test_a_tool_works_on_the_files_it_was_given)
+{
+	int fd = memfd_create("image", MFD_CLOEXEC), status;
+
+	ck_assert_int_ge(fd, 0);
+	status = shut_in_tool(SANDBOX_ON, work_on_a_file, &fd);
+	ck_assert_msg(WIFEXITED(status) && !WEXITSTATUS(status), "wait status 0x%x", (unsigned)status);
+	close(fd);
+}
+END_TEST
+
+static int open_by_name(const void *arg)
+{
+	(void)arg;
+	CHECK(open("/dev/null", O_RDONLY) < 0 && errno == EACCES);
+	CHECK(geteuid() != 0);
+	return 0;
+}
+
+START_TEST(test_a_tool_finds_no_file_even_without_the_filter)
+{
+	int status;
+
+	if (syscall(SYS_landlock_create_ruleset, NULL, 0, 1) < 1)
+		return;
+	status = shut_in_tool(SANDBOX_LOG, open_by_name, NULL);
+	ck_assert_msg(WIFEXITED(status) && !WEXITSTATUS(status), "wait status 0x%x", (unsigned)status);
+}
+END_TEST
+
 UNIT_MAIN("sandbox", test_files_and_sockets_cannot_be_opened, test_nothing_can_be_executed,
 	test_other_processes_cannot_be_reached, test_ioctl_makes_no_vm_and_types_no_keys,
 	test_calls_of_another_architecture_kill, test_a_running_vm_can_do_its_work,
 	test_a_running_vm_can_do_its_work_on_epoll, test_a_failed_assertion_is_not_mistaken_for_an_escape,
 	test_row106_every_thread_is_nobody_and_reaches_no_file,
 	test_parent_death_signal_outlives_the_change_of_identity, test_off_changes_nothing,
-	test_a_ring_opens_nothing_and_registers_nothing)
+	test_a_ring_opens_nothing_and_registers_nothing, test_a_tool_reaches_nothing_it_was_not_given,
+	test_a_tool_works_on_the_files_it_was_given, test_a_tool_finds_no_file_even_without_the_filter)
