@@ -57,7 +57,7 @@ def test_device_help_lists_the_classes():
 
 
 def test_unknown_command():
-    fails("boot", says=["'boot'", "expected run, doctor"])
+    fails("boot", says=["'boot'", "expected run, disk, doctor"])
 
 
 def test_no_kernel():
