@@ -213,6 +213,8 @@ struct image {
 	uint64_t z_pos;                 /* the last cluster that was decompressed in place, and where it came from */
 	void *z_data;                   /* NULL: none yet */
 	bool z_valid;
+	const struct host_file *data_file;      /* in a tool: a stretch of this file that has no hole, as it was last asked */
+	uint64_t data_from, data_to;
 	enum image_want want;           /* with -EAGAIN: what to do before the next try */
 	struct table *want_table;       /* WANT_TABLE: fill its iov from its offset in its file, then table_loaded() */
 	struct log_limit limit;

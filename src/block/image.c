@@ -518,7 +518,7 @@ int image_map(struct image *i, uint64_t off, uint64_t len, struct extent *e, str
 }
 
 /* Where the file has a hole the host says so: it reads as zeroes. Else the stretch ends where a hole begins. */
-static void look_for_hole(struct extent *e, uint64_t len)
+static void look_for_hole(struct image *i, struct extent *e, uint64_t len)
 {
 	int fd = e->file->meta_fd;
 	off_t next;
@@ -526,18 +526,24 @@ static void look_for_hole(struct extent *e, uint64_t len)
 	e->len = MIN(e->len, len);
 	if (e->file->blockdev || e->pos > INT64_MAX - e->len)
 		return;
-	next = lseek(fd, (off_t)e->pos, SEEK_DATA);
-	if (next < 0 && errno != ENXIO)
-		return;
-	if (next < 0 || (uint64_t)next > e->pos) {
-		e->kind = EXT_ZERO;
-		if (next >= 0)
-			e->len = MIN(e->len, (uint64_t)next - e->pos);
-		return;
+	if (i->data_file != e->file || e->pos < i->data_from || e->pos >= i->data_to) {
+		next = lseek(fd, (off_t)e->pos, SEEK_DATA);
+		if (next < 0 && errno != ENXIO)
+			return;
+		if (next < 0 || (uint64_t)next > e->pos) {
+			e->kind = EXT_ZERO;
+			if (next >= 0)
+				e->len = MIN(e->len, (uint64_t)next - e->pos);
+			return;
+		}
+		next = lseek(fd, (off_t)e->pos, SEEK_HOLE);
+		if (next < 0 || (uint64_t)next <= e->pos)
+			return;
+		i->data_file = e->file;
+		i->data_from = e->pos;
+		i->data_to = (uint64_t)next;
 	}
-	next = lseek(fd, (off_t)e->pos, SEEK_HOLE);
-	if (next >= 0 && (uint64_t)next > e->pos)
-		e->len = MIN(e->len, (uint64_t)next - e->pos);
+	e->len = MIN(e->len, i->data_to - e->pos);
 }
 
 int image_piece(struct image *i, uint64_t off, uint64_t len, struct image_piece *p)
@@ -553,7 +559,7 @@ int image_piece(struct image *i, uint64_t off, uint64_t len, struct image_piece 
 	if (r)
 		return r;
 	if (e.kind == EXT_DATA)
-		look_for_hole(&e, len);
+		look_for_hole(i, &e, len);
 	*p = (struct image_piece){ .kind = e.kind, .depth = owner->depth - i->depth, .len = MIN(e.len, len), .host = e.pos,
 		.owner = owner, .file = e.file, .csize = e.csize, .skip = e.skip };
 	return 0;
