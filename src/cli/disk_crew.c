@@ -8,6 +8,7 @@
 
 #define STACK      (256u << 10)
 #define UNIT_LEAST 512u
+#define ROOM_SMALL (256u << 10)
 
 struct crew {
 	struct crew_how how;
@@ -18,6 +19,7 @@ struct crew {
 	struct crew_job *job;
 	uint64_t next;                  /* number of the next job */
 	bool over;
+	struct image_scratch scratch;   /* the main thread's */
 };
 
 /* ---- a job ---- */
@@ -120,6 +122,16 @@ static struct crew_job *oldest(struct crew *c, enum crew_state state)
 	return best;
 }
 
+/* Under the lock, which is not held meanwhile. */
+static void take(struct crew *c, struct crew_job *j, struct image_scratch *s)
+{
+	j->state = CREW_RUNNING;
+	pthread_mutex_unlock(&c->lock);
+	j->r = do_job(&c->how, j, s);
+	pthread_mutex_lock(&c->lock);
+	j->state = CREW_DONE;
+}
+
 static void *thread_main(void *arg)
 {
 	struct image_scratch scratch = { 0 };
@@ -132,11 +144,7 @@ static void *thread_main(void *arg)
 			pthread_cond_wait(&c->work, &c->lock);
 		if (c->over)
 			break;
-		j->state = CREW_RUNNING;
-		pthread_mutex_unlock(&c->lock);
-		j->r = do_job(&c->how, j, &scratch);
-		pthread_mutex_lock(&c->lock);
-		j->state = CREW_DONE;
+		take(c, j, &scratch);
 		pthread_cond_signal(&c->done);
 	}
 	pthread_mutex_unlock(&c->lock);
@@ -151,12 +159,12 @@ static int start_threads(struct crew *c)
 
 	pthread_attr_init(&attr);
 	pthread_attr_setstacksize(&attr, STACK);
-	while (!r && c->nr_threads < c->how.threads) {
+	while (!r && c->nr_threads + 1 < c->how.threads) {
 		r = pthread_create(&c->thread[c->nr_threads], &attr, thread_main, c);
 		c->nr_threads += !r;
 	}
 	pthread_attr_destroy(&attr);
-	return c->nr_threads ? 0 : r;
+	return r;
 }
 
 struct crew *crew_new(const struct crew_how *how)
@@ -172,7 +180,7 @@ struct crew *crew_new(const struct crew_how *how)
 	pthread_mutex_init(&c->lock, NULL);
 	pthread_cond_init(&c->work, NULL);
 	pthread_cond_init(&c->done, NULL);
-	c->nr_jobs = 2 * how->threads + 2;
+	c->nr_jobs = (how->room > ROOM_SMALL ? 2 : 4) * how->threads + 2;
 	c->thread = calloc(how->threads, sizeof(*c->thread));
 	c->job = calloc(c->nr_jobs, sizeof(*c->job));
 	ok = c->thread && c->job;
@@ -210,6 +218,7 @@ void crew_free(struct crew *c)
 		free(c->job[k].z);
 		free(c->job[k].z_len);
 	}
+	image_scratch_free(&c->scratch);
 	pthread_cond_destroy(&c->work);
 	pthread_cond_destroy(&c->done);
 	pthread_mutex_destroy(&c->lock);
@@ -269,7 +278,11 @@ struct crew_job *crew_done(struct crew *c, bool any)
 			j = done;
 			break;
 		}
-		pthread_cond_wait(&c->done, &c->lock);
+		done = oldest(c, CREW_QUEUED);  /* rather than sleep */
+		if (done)
+			take(c, done, &c->scratch);
+		else
+			pthread_cond_wait(&c->done, &c->lock);
 	}
 	pthread_mutex_unlock(&c->lock);
 	return j;

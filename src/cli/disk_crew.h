@@ -29,7 +29,7 @@ struct crew_job {
 };
 
 struct crew_how {
-	unsigned threads;
+	unsigned threads;               /* the main thread is one of them: it works instead of waiting */
 	size_t room;                    /* bytes of a job at most */
 	size_t unit;                    /* bytes that are zero as one; 0: do not look */
 	const struct image *packs;      /* compress for this image, what is not zero; NULL: do not. Clusters divide room */
@@ -42,7 +42,7 @@ struct crew *crew_new(const struct crew_how *how);
 void crew_free(struct crew *c);                         /* waits for the running ones; NULL is fine */
 struct crew_job *crew_idle(struct crew *c);             /* one to fill, NULL: take back a done one first */
 void crew_submit(struct crew *c, struct crew_job *j);
-/* Wait for the one submitted first, or for any; NULL: none is out. */
+/* The one submitted first, or any, when it is done; work on others meanwhile. NULL: none is out. */
 struct crew_job *crew_done(struct crew *c, bool any);
 bool crew_zero(const struct crew_how *how, const struct crew_job *j, uint64_t at, uint64_t end);        /* all units of [at, end) */
 void crew_release(struct crew *c, struct crew_job *j);  /* it is idle again */
