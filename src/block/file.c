@@ -223,6 +223,20 @@ void file_close(struct host_file *f)
 	f->bounce = NULL;
 }
 
+/*
+ * Under a guest: space that is there already takes a third less time to write into than a hole, and lies
+ * together. A tool's holes stay holes; memory is not taken before it is needed.
+ */
+static bool grow_with_space(struct host_file *f, uint64_t size)
+{
+	if (!f->home || f->in_memory || f->no_space)
+		return false;
+	f->no_space = fallocate(f->meta_fd, 0, (off_t)f->size, (off_t)(size - f->size)) != 0;
+	if (!f->no_space)
+		f->size = size;
+	return !f->no_space;
+}
+
 int file_grow(struct host_file *f, uint64_t end)
 {
 	uint64_t size = (end + GROW_STEP - 1) / GROW_STEP * GROW_STEP;
@@ -233,6 +247,8 @@ int file_grow(struct host_file *f, uint64_t end)
 		return -ENOSPC;
 	if (size > INT64_MAX)
 		return -EFBIG;
+	if (grow_with_space(f, size))
+		return 0;
 	if (ftruncate(f->meta_fd, (off_t)size))
 		return -errno;
 	f->size = size;

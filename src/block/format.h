@@ -67,7 +67,7 @@ struct host_file {
 	unsigned suspect;               /* writes still to look at closely, because one took long */
 	unsigned wait_times;            /* how many times as long as the next one waits no more are tried at once */
 	uint64_t write_pause;           /* loop_now() before which none is */
-	bool no_discard, no_punch, no_zero_range;       /* the file refused it once */
+	bool no_discard, no_punch, no_zero_range, no_space;     /* the file refused it once */
 	void *bounce;                   /* O_DIRECT: BOUNCE_SIZE bytes, aligned */
 	struct blk_req *bounce_first, *bounce_last;     /* first owns the buffer, the others wait */
 	uint64_t bounce_base;
