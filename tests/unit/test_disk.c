@@ -30,6 +30,7 @@ static struct {
 	int fail_kind, fail_with, fail_count;   /* the next fail_count of that kind end so */
 	bool shorten;                           /* cut transfers at random lengths, throw in EAGAIN and EINTR */
 	bool no_inline;                         /* preadv2() finds nothing cached */
+	unsigned slow_writes;                   /* the next so many pwritev2() wait 12 ms */
 	bool keep_whole;                        /* shorten in multiples of a page: O_DIRECT */
 } fault;
 static uint64_t seed;
@@ -46,6 +47,8 @@ void __real_loop_submit(struct loop *l, struct loop_op *op);
 void __wrap_loop_submit(struct loop *l, struct loop_op *op);
 ssize_t __real_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
 ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
+ssize_t __real_pwritev64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
+ssize_t __wrap_pwritev64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
 
 static int give_fault(struct loop_op *op)
 {
@@ -98,6 +101,25 @@ ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, i
 		return __real_preadv64v2(fd, iov, cnt, off, flags);
 	cut.iov_len = 1 + rnd((unsigned)cut.iov_len);
 	return __real_preadv64v2(fd, &cut, 1, off, flags);
+}
+
+/* No file system here has RWF_NOWAIT for writes. */
+ssize_t __wrap_pwritev64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags)
+{
+	struct iovec cut = iov[0];
+
+	if (flags & RWF_NOWAIT) {
+		errno = EOPNOTSUPP;
+		return -1;
+	}
+	if (fault.slow_writes) {
+		fault.slow_writes--;
+		usleep(12000);
+	}
+	if (!fault.shorten || fault.keep_whole)
+		return __real_pwritev64v2(fd, iov, cnt, off, flags);
+	cut.iov_len = 1 + rnd((unsigned)cut.iov_len);
+	return __real_pwritev64v2(fd, &cut, 1, off, flags);
 }
 
 /* ---- set-up ---- */
@@ -474,6 +496,42 @@ START_TEST(test_hot_read_of_a_file_in_memory_needs_no_ring)
 }
 END_TEST
 
+static void write_page(void)
+{
+	ck_assert_int_eq(request(BLK_WRITE, 8192, 4096, memset(buf, 9, 4096)), 0);
+}
+
+START_TEST(test_a_write_at_once_that_waits_makes_the_next_ones_take_the_ring)
+{
+	struct statfs fs;
+
+	ck_assert_int_eq(statfs("/tmp", &fs), 0);
+	if (fs.f_type == 0x01021994) {
+		printf("SKIP %s: /tmp is a tmpfs\n", __func__);
+		return;
+	}
+	open_disk("/tmp", "", LOOP_AUTO);
+	write_page();
+	ck_assert_uint_eq(fault.submitted[OP_WRITEV], 0);
+	ck_assert_int_eq(request(BLK_WRITE, 512, 512, memset(buf, 9, 512)), 0);
+	ck_assert_uint_eq(fault.submitted[OP_WRITEV], 1);       /* a part of a page may have to be read */
+	fault.slow_writes = 2;
+	write_page();                                           /* slow: from now on looked at */
+	write_page();                                           /* waited */
+	ck_assert_uint_eq(fault.slow_writes, 0);
+	write_page();
+	ck_assert_uint_eq(fault.submitted[OP_WRITEV], 2);
+	usleep(200000);
+	write_page();
+	ck_assert_uint_eq(fault.submitted[OP_WRITEV], 2);
+	close_disk();
+	open_disk("/tmp", ",cache=none", LOOP_AUTO);
+	write_page();
+	ck_assert_uint_eq(fault.submitted[OP_WRITEV], 1);
+	close_disk();
+}
+END_TEST
+
 /* ---- discard and zeroes ---- */
 
 START_TEST(test_discard_gives_space_back_unless_told_not_to)
@@ -688,6 +746,7 @@ UNIT_MAIN("disk", test_random_ops_match_a_plain_model, test_direct_io_takes_any_
 	test_row82_shrunk_file_reads_zeroes_to_its_block_end_and_fails_beyond,
 	test_writethrough_syncs_every_write_and_unsafe_none,
 	test_hot_read_of_a_file_in_memory_needs_no_ring,
+	test_a_write_at_once_that_waits_makes_the_next_ones_take_the_ring,
 	test_discard_gives_space_back_unless_told_not_to,
 	test_unsupported_fallocate_is_remembered_and_zeroes_are_written,
 	test_drain_returns_with_every_request_done_once,
