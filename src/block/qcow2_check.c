@@ -1009,6 +1009,7 @@ static bool has_map(const struct scan *k)
 static int run(struct scan *k, enum image_repair repair, struct error *err)
 {
 	struct image_check *c = k->c;
+	uint64_t marks;
 	int r;
 
 	c->allocated = c->fragmented = c->compressed = 0;
@@ -1020,11 +1021,12 @@ static int run(struct scan *k, enum image_repair repair, struct error *err)
 	c->errors = k->errors;
 	c->fixed_corruptions = c->fixed_leaks = 0;
 	c->clusters = (k->h.size + k->cluster - 1) >> k->h.cluster_bits;
-	if (k->h.incompatible & QCOW2_DIRTY)
+	marks = k->h.incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT);
+	if (marks & QCOW2_DIRTY)
 		found(k, NULL, "the image is marked dirty: it was not closed, refcounts may be late");
-	if (k->h.incompatible & QCOW2_CORRUPT)
+	if (marks & QCOW2_CORRUPT)
 		found(k, NULL, "the image is marked corrupt");
-	if (repair != REPAIR_NONE && has_map(k) && (k->corruptions || k->leaks || k->h.incompatible & (QCOW2_DIRTY | QCOW2_CORRUPT))) {
+	if (repair != REPAIR_NONE && has_map(k) && (k->corruptions || k->leaks || marks)) {
 		r = qcow2_mend(k, repair, err);
 		if (!r) {
 			c->fixed_corruptions = c->corruptions - MIN(c->corruptions, k->corruptions);

@@ -18,8 +18,8 @@
 /* ---- entries ---- */
 
 /*
- * The cluster that an entry with low bits too many may have meant, 0 if it cannot be: the refcount in the file says that
- * it has one user more than was found, and those found use it for the same thing.
+ * The cluster that an entry with low bits too many may have meant, 0 if it cannot be: the refcount in the file says
+ * that it has one user more than was found, and those found use it for the same thing.
  */
 static uint64_t meant(struct scan *k, uint64_t off, bool l2_table)
 {

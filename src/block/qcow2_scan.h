@@ -79,15 +79,15 @@ typedef int entry_fn(struct scan *k, uint64_t *e, uint64_t index, void *arg);
 /* ---- qcow2_check.c ---- */
 
 /*
- * Scan the whole image into k, of which i and c are set and the rest is 0 or from the scan before. With k->fix set, refcounts and
- * COPIED flags are mended on the way. 0, or -errno with words where it could not be finished.
+ * Scan the whole image into k, of which i and c are set and the rest is 0 or from the scan before. With k->fix set,
+ * refcounts and COPIED flags are mended on the way. 0, or -errno with words where it could not be finished.
  */
 int  qcow2_scan(struct scan *k, struct error *err);
 /* The cell of a cluster; NULL: nothing was counted there. */
 struct cell *scan_look(const struct scan *k, uint64_t cluster);
 /* A cluster has so many users more; *ret (may be NULL): its cell. -ENOMEM, -EFBIG. */
 int  scan_use(struct scan *k, uint64_t cluster, unsigned times, struct cell **ret);
-/* len bytes at off: 1; 0: all of it is zeroes (buf is not set), or could not be read, which is counted. what: for words. */
+/* len bytes at off: 1; 0: all of it is zeroes (buf is not set), or cannot be read, which is counted. what: for words. */
 int  scan_read(struct scan *k, void *buf, uint64_t len, uint64_t off, const char *what);
 /* fn for each of n 8-byte entries at off that is not 0. */
 int  scan_entries(struct scan *k, uint64_t off, uint64_t n, const char *what, entry_fn *fn, void *arg);

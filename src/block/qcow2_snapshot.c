@@ -8,8 +8,8 @@
  *      apply   COPIED flags off | refcounts up, clusters taken | L1 copy | header            | old L1's users down
  *      delete  new snapshot table | header | refcounts down | COPIED flags on where the refcount is 1 again
  *
- * Each bar is a flush. Before the first change everything that will be counted is looked at: an L1 or L2 table that makes no
- * sense, or a refcount that would not fit, is refused with nothing changed.
+ * Each bar is a flush. Before the first change everything that will be counted is looked at: an L1 or L2 table that
+ * makes no sense, or a refcount that would not fit, is refused with nothing changed.
  */
 #include <endian.h>
 #include <errno.h>
@@ -213,8 +213,8 @@ int qcow2_snapshots(struct image *i, struct image_snapshot **list, unsigned *n, 
 /* ---- walking over what an L1 table leads to ---- */
 
 /*
- * For each L2 table (entry NULL) and each entry that refers to clusters: [first, first + n) are those. *entry, in host order, may
- * be changed. An L2 table comes after its entries. 0, or -errno to stop.
+ * For each L2 table (entry NULL) and each entry that refers to clusters: [first, first + n) are those. *entry, in
+ * host order, may be changed. An L2 table comes after its entries. 0, or -errno to stop.
  */
 struct walk {
 	int (*fn)(struct image *i, struct walk *w, uint64_t first, uint64_t n, uint64_t *entry);
@@ -425,7 +425,7 @@ static int load_l1(struct image *i, const struct snap *s, uint64_t **ret, struct
 	return 0;
 }
 
-/* One user more of everything the walk leads to, on disk; COPIED is off before. Nothing is changed where it cannot be. */
+/* One user more of everything the walk leads to, on disk; COPIED is off before. Nothing changes where it cannot be. */
 static int share(struct image *i, const struct walk *over, struct error *err)
 {
 	struct walk w = *over;
