@@ -93,12 +93,20 @@ static void clusters_of(const struct qcow2 *q, uint64_t entry, uint64_t *first, 
 	*n = (uint32_t)(qcow2_index(q, off + len - 1) - *first + 1);
 }
 
+/* What an entry uses is to be freed later; that it is metadata must be found out before. */
 static int prepare_old(struct image *i, uint64_t entry)
 {
+	struct qcow2 *q = qcow2_of(i);
+	const char *what;
 	uint64_t first;
 	uint32_t n;
 
-	clusters_of(qcow2_of(i), entry, &first, &n);
+	clusters_of(q, entry, &first, &n);
+	for (uint32_t k = 0; k < n; k++) {
+		what = qcow2_metadata_at(q, (first + k) << q->cluster_bits);
+		if (what)
+			return qcow2_corrupt(i, "the L2 entry 0x%llx leads to %s", (unsigned long long)entry, what);
+	}
 	return qcow2_frees_prepare(i, first, n);
 }
 

@@ -542,6 +542,54 @@ START_TEST(test_no_data_is_written_over_metadata)
 }
 END_TEST
 
+/* Nor is it given back, which would punch a hole into it. */
+START_TEST(test_no_metadata_is_freed_as_data)
+{
+	set_up();
+	for (unsigned k = 0; k < 12; k++) {
+		struct image *i;
+		uint64_t l2 = four_clusters((struct image_create){ 0 }), before;
+		const uint64_t where[] = { peek(40), peek(48), peek(peek(48)), l2 };
+		uint64_t at = where[k % 4];
+
+		poke(l2 + 8, k < 8 ? at : QCOW2_COMPRESSED | at, 8);
+		before = peek(at);
+		i = open_rw(path);
+		if (k < 4)
+			ck_assert_int_eq(image_write(i, buf, 512, 65536), -EIO);
+		else
+			ck_assert_int_eq(image_discard(i, 65536, 65536), -EIO);
+		image_close(i);
+		ck_assert_uint_eq(peek(at), before);
+		ck_assert_uint_eq(peek(72), QCOW2_CORRUPT);
+	}
+	tear_down();
+}
+END_TEST
+
+START_TEST(test_options_that_qcow2_does_not_have_are_refused)
+{
+	static const struct image_create bad[] = {
+		{ .lazy_refcounts = true }, { .version = 4 }, { .version = 1 }, { .cluster = 256 }, { .cluster = 4u << 20 },
+		{ .cluster = 3000 }, { .refcount_bits = 3 }, { .refcount_bits = 128 }, { .version = 2, .zstd = true },
+		{ .version = 2, .refcount_bits = 8 }, { .version = 2, .extended_l2 = true }, { .fixed = true },
+		{ .extended_l2 = true, .cluster = 8192 }, { .backing = "x" }, { .size = 1ull << 40, .cluster = 512 },
+		{ .backing = "x", .backing_format = "raw", .prealloc = PREALLOC_FULL },
+	};
+
+	set_up();
+	for (unsigned k = 0; k < ARRAY_LEN(bad); k++) {
+		struct image_create c = bad[k];
+
+		c.format = "qcow2";
+		c.size = c.size ? c.size : SIZE;
+		ck_assert_msg(image_create(path, &c, &err) < 0, "%u", k);
+		ck_assert_int_eq(access(path, F_OK), -1);
+	}
+	tear_down();
+}
+END_TEST
+
 START_TEST(test_refcounts_that_lie_are_found_before_a_write)
 {
 	struct image *i;
@@ -992,6 +1040,7 @@ UNIT_MAIN("qcow2", test_random_ops_match_a_plain_model, test_random_ops_over_a_b
 	test_a_header_that_makes_no_sense_is_refused_with_words, test_header_extensions_and_names_stay_inside_the_header,
 	test_a_feature_is_named_as_the_image_names_it, test_autoclear_bits_are_cleared_by_who_does_not_know_them,
 	test_an_l1_entry_that_makes_no_sense_is_an_error, test_no_data_is_written_over_metadata,
+	test_no_metadata_is_freed_as_data, test_options_that_qcow2_does_not_have_are_refused,
 	test_refcounts_that_lie_are_found_before_a_write, test_data_past_the_end_of_the_file_reads_as_zeroes,
 	test_compressed_bytes_that_make_no_sense_are_an_error, test_a_file_that_claims_much_costs_little,
 	test_the_refcount_table_grows, test_nothing_waits_and_a_kill_only_leaks)
