@@ -115,6 +115,8 @@ static void stall(struct work *w)
 /* The piece is through. */
 static void piece_done(struct work *w, int err)
 {
+	if (err && w->disk->image->marking)
+		plan_start(w->disk);    /* the image is to say that it is corrupt */
 	if (!err) {
 		w->off += w->n;
 		w->left -= w->n;
@@ -648,7 +650,7 @@ static void plan_start(struct disk *d)
 	d->plan.no_barriers = d->image->unsafe;
 	d->epoch++;
 	loop_del_timer(d->home, &d->tidy);
-	r = d->image->corrupt ? 0 : d->image->fmt->gather(d->image, &d->plan);
+	r = d->image->corrupt && !d->image->marking ? 0 : d->image->fmt->gather(d->image, &d->plan);
 	if (r)
 		return plan_done(&d->plan_op, r);
 	d->plan_op = (struct loop_op){ .kind = OP_WORK, .fd = -1, .work = run_plan, .done = plan_done };
