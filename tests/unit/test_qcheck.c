@@ -1354,6 +1354,25 @@ START_TEST(sizes_killed)
 }
 END_TEST
 
+static int name_it(struct image *i)
+{
+	int r = image_set_backing(i, "other.raw", "raw", &err);
+
+	r = r ? r : image_set_backing(i, "./././other.raw", "raw", &err);
+	return r ? r : image_set_backing(i, NULL, NULL, &err);
+}
+
+START_TEST(names_killed)
+{
+	if (no_tools())
+		return;
+	make_base("cluster_size=4k");
+	ck_assert_int_eq(shell("qemu-img create -q -f raw %s/other.raw %u", dir, DISK), 0);
+	kill_everywhere(&(struct change){ "names", name_it, want, want, DISK, DISK, false, NULL });
+	drop_base();
+}
+END_TEST
+
 static int mend_it(struct image *i)
 {
 	struct image_check c = { 0 };
@@ -1453,4 +1472,5 @@ UNIT_MAIN("qcheck", damage_is_mended, damage_with_snapshots_is_mended, damage_of
 	unusable_refcount_table_is_rebuilt, leaks_only, unreadable_is_not_unused, statistics_are_qemus, far_references_cost_little,
 	many_ways_to_one_table, snapshots_ours_for_qemu, snapshots_qemus_for_us, snapshots_of_compressed_clusters,
 	snapshot_of_another_size, snapshots_refused, resized_both_ways, grown_with_space, resized_over_a_backing_image,
-	shrunk_under_a_snapshot, backing_renamed, snapshots_killed, sizes_killed, mending_killed)
+	shrunk_under_a_snapshot, backing_renamed, snapshots_killed, sizes_killed, names_killed,
+	mending_killed)
