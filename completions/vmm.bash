@@ -13,7 +13,7 @@ _vmm_disk_keys()
 	cache=*) keys="writeback none writethrough unsafe" last=${last#*=} ;;
 	log=*) last=${last#*=} ;;
 	*)
-		keys="ro snapshot format= cache= discard= backing= queues= serial= fault= seed= timeout= delay= iops= iops_rd= iops_wr=
+		keys="ro snapshot format= cache= discard= backing= iothread= poll_us= queues= serial= fault= seed= timeout= delay= iops= iops_rd= iops_wr=
 			bps= bps_rd= bps_wr= iops_max= iops_rd_max= iops_wr_max= bps_max= bps_rd_max= bps_wr_max=
 			werror= rerror= log=" ;;
 	esac

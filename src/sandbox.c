@@ -151,7 +151,10 @@ int sandbox_enter(struct vm *vm, struct error *err)
 
 	if (mode == SANDBOX_OFF)
 		return 0;
-	loop_engine_name(vm->io);       /* wait until it is up: its set-up makes calls that end here */
+	loop_engine_name(vm->io);       /* wait until they are up: their set-up makes calls that end here */
+	for (unsigned n = 0; n < VM_IOTHREADS; n++)
+		if (vm->iothread[n])
+			loop_engine_name(vm->iothread[n]);
 	r = confine_main(err);
 	if (rules >= 0)
 		close(TAKE_FD(rules));

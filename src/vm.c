@@ -292,6 +292,27 @@ static int build(struct vm *vm, struct error *err)
 	return load(vm, err);
 }
 
+int vm_iothread(struct vm *vm, unsigned n, int64_t poll_us, struct loop **ret, struct error *err)
+{
+	unsigned us = poll_us < 0 ? vm->cfg->poll_us : (unsigned)poll_us;
+	char name[16];
+
+	if (!n && poll_us >= 0 && us != vm->cfg->poll_us)
+		return error_set(err, EINVAL, "poll_us= is for a thread of its own (iothread=1 to %u): --poll-us is for the common one",
+			VM_IOTHREADS);
+	if (n && vm->iothread[n - 1] && poll_us >= 0 && us != vm->iothread_poll_us[n - 1])
+		return error_set(err, EINVAL, "iothread=%u already looks for %u us", n, vm->iothread_poll_us[n - 1]);
+	if (n && !vm->iothread[n - 1]) {
+		snprintf(name, sizeof(name), "io/%u", n);
+		vm->iothread[n - 1] = loop_new(name, vm->cfg->engine, us, err);
+		if (!vm->iothread[n - 1])
+			return -err->code;
+		vm->iothread_poll_us[n - 1] = us;
+	}
+	*ret = n ? vm->iothread[n - 1] : vm->io;
+	return 0;
+}
+
 int vm_create(struct vm **ret, const struct vm_config *cfg, struct spawner *spawner,
 	struct error *err)
 {
@@ -475,10 +496,21 @@ static void describe_virtio(const struct vm *vm, struct virtio *v, struct facts 
 	virtio_describe(v, f);
 }
 
+static void describe_loop(const struct loop *l, struct facts *f)
+{
+	struct loop_stats st;
+
+	loop_get_stats(l, &st);
+	facts_str(f, "engine", loop_engine_name(l));
+	facts_u64(f, "turns", st.turns);
+	facts_u64(f, "enters", st.enters);
+	facts_u64(f, "sleeps", st.sleeps);
+	facts_u64(f, "polled", st.polled);
+}
+
 void vm_describe(struct vm *vm, struct facts *f)
 {
-	struct facts *devices, *loop;
-	struct loop_stats st;
+	struct facts *devices;
 
 	facts_str(f, "machine", vm->cfg->machine == MACHINE_PC ? "pc" : "microvm");
 	facts_u64(f, "memory", gmem_total(&vm->mem));
@@ -487,13 +519,14 @@ void vm_describe(struct vm *vm, struct facts *f)
 	facts_bool(f, "software_kvm", vm->software_kvm);
 	facts_u64(f, "resets", vm->resets);
 	describe_exits(vm, f);
-	loop_get_stats(vm->io, &st);
-	loop = facts_object(f, "loop");
-	facts_str(loop, "engine", loop_engine_name(vm->io));
-	facts_u64(loop, "turns", st.turns);
-	facts_u64(loop, "enters", st.enters);
-	facts_u64(loop, "sleeps", st.sleeps);
-	facts_u64(loop, "polled", st.polled);
+	describe_loop(vm->io, facts_object(f, "loop"));
+	for (unsigned n = 0; n < VM_IOTHREADS; n++) {
+		char name[16];
+
+		snprintf(name, sizeof(name), "iothread%u", n + 1);
+		if (vm->iothread[n])
+			describe_loop(vm->iothread[n], facts_object(f, name));
+	}
 	devices = facts_object(f, "devices");
 	for (unsigned i = 0; i < vm->nr_virtio; i++)
 		describe_virtio(vm, vm->virtio[i], facts_object(devices, vm->virtio[i]->name));
@@ -518,6 +551,8 @@ void vm_free(struct vm *vm)
 		free(d);
 	}
 	arch_vm_free(vm);
+	for (unsigned n = 0; n < VM_IOTHREADS; n++)
+		loop_free(vm->iothread[n]);
 	loop_free(vm->io);
 	gmem_done(&vm->mem);
 	loader_free(vm->loader);

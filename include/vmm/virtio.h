@@ -84,7 +84,7 @@ struct virtio {
 	const struct virtio_transport_ops *port;
 	void *port_priv;
 	const struct gmem *mem;
-	struct loop *home;
+	struct loop *home;      /* NULL before vm_add_virtio(): the common one */
 	uint64_t features;      /* offered; the core adds VERSION_1, INDIRECT_DESC, EVENT_IDX */
 	unsigned nr_queues;
 	uint16_t queue_size[VIRTIO_QUEUES];     /* maximum of each */

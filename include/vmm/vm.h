@@ -102,6 +102,8 @@ struct vm_device {
 	struct vm_device *next;
 };
 
+#define VM_IOTHREADS 7          /* besides io/0 */
+
 struct vm {
 	/* const after vm_create() */
 	const struct vm_config *cfg;
@@ -109,7 +111,9 @@ struct vm {
 	struct gmem mem;
 	struct bus pio, mmio;
 	struct irqchip irqs;
-	struct loop *io;                /* home of all devices: "io/0" */
+	struct loop *io;                /* home of all devices that want no other: "io/0" */
+	struct loop *iothread[VM_IOTHREADS];    /* "io/1" ...; NULL: nobody asked for it */
+	unsigned iothread_poll_us[VM_IOTHREADS];
 	struct vcpu **vcpu;
 	unsigned nr_vcpus;
 	struct pci_bus *pci;            /* NULL on microvm */
@@ -153,6 +157,11 @@ extern const struct device_class *const device_classes[];       /* NULL-terminat
 
 /* For devices, while the VM is built; main thread. */
 int  vm_add_virtio(struct vm *vm, struct virtio *v, struct error *err); /* on success the VM owns it */
+/*
+ * The loop for a device that shall live on I/O thread n (0 to VM_IOTHREADS; 0: the common one), started when first asked for. poll_us: how
+ * long it looks before it sleeps, -1: as --poll-us says. Put it into v->home before vm_add_virtio(). 0 or -EINVAL with words.
+ */
+int  vm_iothread(struct vm *vm, unsigned n, int64_t poll_us, struct loop **ret, struct error *err);
 int  vm_add_device(struct vm *vm, const char *name, void *dev, void (*reset)(void *),
 	void (*describe)(void *, struct facts *), void (*free)(void *), struct error *err);
 

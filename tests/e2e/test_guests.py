@@ -319,6 +319,27 @@ def test_virtio_blk_reads_writes_and_persists(vmm, disk, machine, words, engine,
     assert not d["needs_reset"]
 
 
+def test_disks_on_threads_of_their_own(vmm, disk, tmp_path):
+    other = tmp_path / "other.img"
+    other.write_bytes(b"\0" * 131072)
+    r = vmm("-k", guest("virtio-blk.elf"), "-m", "16M", "-d", f"{disk},iothread=1,poll_us=0", "-d", f"{other},iothread=2",
+            "-M", "microvm", "--net", "none")
+    assert r.status == 0 and b"ok" in r.out, (r.out, r.err)
+    assert r.result["iothread1"]["turns"] > 0 and "iothread2" in r.result and "iothread3" not in r.result
+    assert disk.read_bytes()[512:1024] == bytes(i * 7 & 0xff for i in range(512))
+
+
+@pytest.mark.parametrize("keys, words", [(["iothread=8"], b"iothread"), (["poll_us=7"], b"--poll-us"),
+                                         (["iothread=1,poll_us=1", "iothread=1,poll_us=2"], b"already looks")])
+def test_impossible_threads_are_refused(vmm, tmp_path, keys, words):
+    args = []
+    for n, k in enumerate(keys):
+        (tmp_path / f"d{n}").write_bytes(bytes(4096))
+        args += ["-d", f"{tmp_path}/d{n},{k}"]
+    r = vmm("-k", guest("virtio-blk.elf"), "-m", "16M", "--net", "none", *args)
+    assert r.status == 125 and words in r.err and r.err.count(b"\n") == 1, r.err
+
+
 def test_read_only_disk_is_not_written(vmm, disk):
     os.chmod(disk, 0o444)
     before = disk.read_bytes()

@@ -544,7 +544,11 @@ static int blk_create(struct vm *vm, struct opts *o, struct error *err)
 		return r;
 	b->vm = vm;
 	disk_set_hold(b->disk, hold, b);
-	r = vm_add_virtio(vm, &b->v, err);
+	r = vm_iothread(vm, b->shape.iothread, b->shape.poll_us, &b->v.home, err);
+	if (r)
+		error_prefix(err, "%s: ", opts_option(o));
+	else
+		r = vm_add_virtio(vm, &b->v, err);
 	if (r)
 		blk_free(&b->v);
 	return r;
@@ -554,6 +558,7 @@ const struct device_class blk_class = {
 	.name = "blk",
 	.help = "file=FILE[,format=raw][,ro][,cache=writeback|none|writethrough|unsafe][,discard=on|off]"
 		"[,serial=TEXT][,queues=1-16][,queue_size=2-1024][,logical=512-4096][,physical=512-64K][,resize=auto]"
+		"[,iothread=0-7][,poll_us=N]"
 		"[,fault=KIND:WHAT:WHEN...][,delay=TIME][,iops=N][,bps=SIZE][,werror=report|stop|ignore][,rerror=...]"
 		"[,log=FILE] (docs/disk-testing.md)",
 	.implied = "file",

@@ -8,6 +8,7 @@
 #include "vmm/error.h"
 #include "vmm/opts.h"
 #include "vmm/virtq.h"
+#include "vmm/vm.h"
 
 #define QUEUES_MAX    16
 #define QUEUE_SIZE    256
@@ -78,11 +79,13 @@ static int read_block_sizes(struct blk_shape *s, const struct disk *d, struct op
 /* virtio 1.2, 2.7.5.3.1: no chain is longer than its queue, so neither is what seg_max promises. */
 static int read_queues(struct blk_shape *s, struct opts *o, struct error *err)
 {
-	uint64_t queues = 1, size = QUEUE_SIZE, seg = 0, bytes = 0;
+	uint64_t queues = 1, size = QUEUE_SIZE, seg = 0, bytes = 0, thread = 0, poll = UINT64_MAX;
 	int r;
 
 	if ((r = opts_u64(o, "queues", 1, QUEUES_MAX, &queues, err)) ||
-		(r = read_power(o, "queue_size", 2, VIRTQ_MAX, &size, err)))
+		(r = read_power(o, "queue_size", 2, VIRTQ_MAX, &size, err)) ||
+		(r = opts_u64(o, "iothread", 0, VM_IOTHREADS, &thread, err)) ||
+		(r = opts_u64(o, "poll_us", 0, 1000000, &poll, err)))
 		return r;
 	seg = size > 3 ? MIN(size - 2, BLK_IOVS) : 1;
 	if ((r = opts_u64(o, "seg_max", 1, seg, &seg, err)) ||
@@ -90,6 +93,8 @@ static int read_queues(struct blk_shape *s, struct opts *o, struct error *err)
 		return r;
 	s->queues = (uint16_t)queues;
 	s->queue_size = (uint16_t)size;
+	s->iothread = (unsigned)thread;
+	s->poll_us = poll == UINT64_MAX ? -1 : (int64_t)poll;
 	s->seg_max = (uint32_t)seg;
 	s->size_max = (uint32_t)bytes;
 	return 0;

@@ -21,6 +21,8 @@ struct blk_shape {
 	uint32_t discard_seg, zeroes_seg;       /* segments of one request, up to BLK_IOVS */
 	uint64_t discard_align;         /* hint */
 	uint16_t queues, queue_size;
+	unsigned iothread;              /* vm_iothread() */
+	int64_t poll_us;                /* -1: not said */
 	bool resize;                    /* follow the host file as it grows */
 	char serial[VIRTIO_BLK_ID_BYTES];       /* not terminated where it is full */
 };

@@ -217,7 +217,7 @@ int virtio_mmio_new(struct vm *vm, struct virtio *v, gpa_t base, unsigned gsi, s
 	r = irq_line_init(&m->irq, &vm->irqs, gsi, false, err);
 	if (r)
 		return r;
-	r = virtio_attach(v, &vm->mem, vm->io, &mmio_ops, m, err);
+	r = virtio_attach(v, &vm->mem, v->home ? v->home : vm->io, &mmio_ops, m, err);
 	if (r)
 		goto no_irq;
 	r = bus_add(&vm->mmio, &m->region, err);

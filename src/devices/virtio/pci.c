@@ -432,7 +432,7 @@ int virtio_pci_new(struct vm *vm, struct virtio *v, struct error *err)
 		.config_written = port_config_written,
 		.bar_moved = port_bar_moved,
 	};
-	r = virtio_attach(v, &vm->mem, vm->io, &port_ops, p, err);
+	r = virtio_attach(v, &vm->mem, v->home ? v->home : vm->io, &port_ops, p, err);
 	if (r)
 		goto no_device;
 	r = add_caps(p, err);
