@@ -23,5 +23,15 @@ for format in qcow2 vdi raw; do
 	run powercut $format 0 $((400 * count))
 	run faults $format 0 $((2 * count)) 1
 done
-[ $failed = 0 ] && echo "torture: all passed" || echo "torture: $failed of 12 failed"
+# Images with fields changed: 20,000 of each format and more, under sanitizers.
+meson=$(command -v /usr/bin/meson || echo meson)
+[ -e build-san/build.ninja ] || CC=clang "$meson" setup build-san -Db_sanitize=address,undefined -Db_lundef=false >/dev/null
+ninja -C build-san --quiet || exit 1
+for format in qcow2 qcow2check vdi vhd vmdk vhdx; do
+	echo "== 20,000 mutated images: $format"
+	files=$(ls tests/fuzz/corpus/$format | wc -l)
+	MUTATIONS=$((20000 * count / files + 1)) build-san/tests/fuzz/corpus_$format tests/fuzz/corpus/$format ||
+		failed=$((failed + 1))
+done
+[ $failed = 0 ] && echo "torture: all passed" || echo "torture: $failed of 18 failed"
 exit $((failed != 0))

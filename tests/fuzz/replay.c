@@ -1,6 +1,6 @@
 /*
- * Runs a fuzz harness without a fuzzer: every file of the corpus directory given, then MUTATIONS seeded
- * mutations of each. The seed is fixed, so a failure repeats.
+ * Runs a fuzz harness without a fuzzer: every file of the corpus directory given, then seeded mutations of
+ * each: 400, or as many as the environment's MUTATIONS says. The seed is fixed, so a failure repeats.
  */
 #include <dirent.h>
 #include <stdint.h>
@@ -70,6 +70,8 @@ static size_t mutate(uint8_t *buf, size_t size)
 int main(int argc, char **argv)
 {
 	static uint8_t input[INPUT_MAX], work[INPUT_MAX];
+	const char *many = getenv("MUTATIONS");
+	int mutations = many ? atoi(many) : MUTATIONS;
 	unsigned files = 0;
 	struct dirent *e;
 	DIR *d;
@@ -93,7 +95,7 @@ int main(int argc, char **argv)
 		fclose(f);
 		files++;
 		run(input, size);
-		for (int i = 0; i < MUTATIONS; i++) {
+		for (int i = 0; i < mutations; i++) {
 			memcpy(work, input, size);
 			run(work, mutate(work, size));
 		}
@@ -103,6 +105,6 @@ int main(int argc, char **argv)
 		fprintf(stderr, "%s: no corpus in %s\n", argv[0], argv[1]);
 		return 99;
 	}
-	printf("%u files, %u mutations each\n", files, MUTATIONS);
+	printf("%u files, %d mutations each\n", files, mutations);
 	return 0;
 }
