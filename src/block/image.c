@@ -886,6 +886,7 @@ static int open_new(struct host_file *f, const char *path, const struct image_cr
 {
 	int flags = O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | (c->overwrite ? 0 : O_EXCL);
 	int fd = c->fd > 0 ? c->fd : open(path, flags, 0644), r;
+	struct stat st;
 
 	if (fd < 0 && errno == EEXIST)
 		return error_set(err, EEXIST, "'%s' is there already", path);
@@ -894,7 +895,8 @@ static int open_new(struct host_file *f, const char *path, const struct image_cr
 	r = file_adopt(f, fd, path, false, err);
 	if (!r)
 		r = lock_image(f->meta_fd, path, false, err);
-	if (!r && !f->blockdev && ftruncate(fd, 0))
+	/* Not where it is empty: ext4 takes any truncation for a replacement, and writes the file out when it is closed. */
+	if (!r && !f->blockdev && (fstat(fd, &st) || (st.st_size && ftruncate(fd, 0))))
 		r = error_errno(err, errno, "cannot empty '%s'", path);
 	if (!r)
 		r = file_prepare(f, err);
