@@ -104,7 +104,8 @@ struct disk_command {
 /* disk_options.c; main thread. 0 or -errno with words. */
 int  disk_parse(struct disk_args *a, int argc, char **argv, struct error *err);
 void disk_command_usage(const struct disk_command *c);
-int  disk_parse_create(struct disk_args *a, const char *format, struct error *err);     /* -o, --preallocate into a->create */
+/* -o, --preallocate into a->create */
+int  disk_parse_create(struct disk_args *a, const char *format, struct error *err);
 /* -b, -F of the new image at path: opened as the last file. 0, also without -b, or -errno. */
 int  disk_open_backing(struct disk_args *a, const char *path, struct error *err);
 const char *disk_size_words(uint64_t bytes, char *buf, size_t len);     /* "1.5 GiB"; buf */

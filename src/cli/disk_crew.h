@@ -44,6 +44,7 @@ struct crew_job *crew_idle(struct crew *c);             /* one to fill, NULL: ta
 void crew_submit(struct crew *c, struct crew_job *j);
 /* The one submitted first, or any, when it is done; work on others meanwhile. NULL: none is out. */
 struct crew_job *crew_done(struct crew *c, bool any);
-bool crew_zero(const struct crew_how *how, const struct crew_job *j, uint64_t at, uint64_t end);        /* all units of [at, end) */
+/* All units of [at, end) of the job are zero. */
+bool crew_zero(const struct crew_how *how, const struct crew_job *j, uint64_t at, uint64_t end);
 void crew_release(struct crew *c, struct crew_job *j);  /* it is idle again */
 #endif

@@ -161,8 +161,8 @@ def test_create_preallocates(tmp_path):
 
 def test_create_overwrites_but_not_what_is_in_use(tmp_path):
     path = write(tmp_path / "disk")
+    data = path.read_bytes()
     with started_vmm("disk", "bench", "-w", "-c", "100000000", path) as proc:
-        data = path.read_bytes()
         until(lambda: path.read_bytes() != data, "its writes")
         refused("create", path, "1M", words="in use")
         assert path.stat().st_size == 16 * MIB
