@@ -64,7 +64,7 @@ enum extent_kind {
 
 /* One stretch as image_status() sees it through the chain. */
 struct image_status {
-	enum extent_kind kind;          /* EXT_HOLE: no image of the chain has it; a hole of the file is EXT_ZERO */
+	enum extent_kind kind;          /* EXT_HOLE: no image of the chain has it; a hole of a raw file is EXT_ZERO */
 	unsigned depth;                 /* which image: 0 the first, 1 its backing … */
 	uint64_t len;                   /* bytes from the offset asked for that this holds for */
 	uint64_t host;                  /* EXT_DATA, EXT_COMPRESSED: offset in that image's file */
@@ -72,7 +72,7 @@ struct image_status {
 
 /* The same for a thread that fetches the bytes itself: image_piece() says where they are, image_fetch() gets them. */
 struct image_piece {
-	enum extent_kind kind;
+	enum extent_kind kind;          /* a hole of the file is EXT_ZERO, whatever the format */
 	unsigned depth;
 	uint64_t len, host;             /* as in image_status; EXT_COMPRESSED: to the end of the cluster at most */
 	/* image.c's */

@@ -546,7 +546,7 @@ static void look_for_hole(struct image *i, struct extent *e, uint64_t len)
 	e->len = MIN(e->len, i->data_to - e->pos);
 }
 
-int image_piece(struct image *i, uint64_t off, uint64_t len, struct image_piece *p)
+static int find_piece(struct image *i, uint64_t off, uint64_t len, bool holes, struct image_piece *p)
 {
 	struct image *owner;
 	struct extent e;
@@ -558,17 +558,22 @@ int image_piece(struct image *i, uint64_t off, uint64_t len, struct image_piece 
 	r = image_map(i, off, len, &e, &owner);
 	if (r)
 		return r;
-	if (e.kind == EXT_DATA)
+	if (e.kind == EXT_DATA && (holes || !owner->fmt->map))
 		look_for_hole(i, &e, len);
 	*p = (struct image_piece){ .kind = e.kind, .depth = owner->depth - i->depth, .len = MIN(e.len, len), .host = e.pos,
 		.owner = owner, .file = e.file, .csize = e.csize, .skip = e.skip };
 	return 0;
 }
 
+int image_piece(struct image *i, uint64_t off, uint64_t len, struct image_piece *p)
+{
+	return find_piece(i, off, len, true, p);
+}
+
 int image_status(struct image *i, uint64_t off, uint64_t len, struct image_status *s)
 {
 	struct image_piece p;
-	int r = image_piece(i, off, len, &p);
+	int r = find_piece(i, off, len, false, &p);
 
 	if (!r)
 		*s = (struct image_status){ .kind = p.kind, .len = p.len, .host = p.host, .depth = p.depth };
