@@ -177,10 +177,10 @@ class Bench:
 			words(engine))
 
 	def convert(self, compressed):
-		name = f'convert qcow2 to raw, 4 GiB half full, {"compressed" if compressed else "plain"}'
+		gib = 1 if self.quick else 4
+		name = f'convert qcow2 to raw, {gib} GiB half full, {"compressed" if compressed else "plain"}'
 		if not has_convert():
 			return Result(name, 's', None, ())
-		gib = 1 if self.quick else 4
 		here = self.directory['disk']
 		source, target, raw = here / 'source.qcow2', here / 'target.raw', here / 'half.raw'
 		fill(raw, gib * 512, compressible=True)
@@ -251,7 +251,7 @@ def qemu_img(*argv):
 def fill(path, mib, compressible=False):
 	with path.open('wb') as f:
 		for _ in range(mib):
-			f.write(os.urandom(1 << 18) + bytes(range(256)) * (3 << 10) if compressible else os.urandom(1 << 20))
+			f.write(os.urandom(1 << 18).hex().encode() * 2 if compressible else os.urandom(1 << 20))
 
 
 def sparse_qcow2(path, size):
