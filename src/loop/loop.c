@@ -16,7 +16,9 @@
  *
  * The budget grows when something arrived within poll_max of having nothing to do (looking a little longer
  * would have seen it) and is halved when looking for poll_max would have been fruitless: an idle loop sleeps
- * at once and wakes for nothing, and so does one whose disk takes longer than that.
+ * at once and wakes for nothing, and so does one whose disk takes longer than that. A sleep says too little
+ * about the guest, though: one that would answer in 2 us must ring first, and that and the waking take longer
+ * than poll_max on some hosts. So after some long sleeps a short look is tried all the same.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -38,6 +40,7 @@
 
 #define BUDGET_FIRST 4000               /* ns; growth starts here, or at an eighth of the maximum */
 #define BUDGET_LEAST 1000               /* less is not worth the clock reads */
+#define PROBE_EVERY  8                  /* long sleeps */
 #define LOOKS        16                 /* between two of them: the clock takes longer than a look */
 
 static _Thread_local struct loop *here;
@@ -502,10 +505,12 @@ static void adapt(struct loop *l, uint64_t idle)
 {
 	if (!l->polls || !l->poll_max)
 		return;
-	if (idle >= l->poll_max)
-		l->budget = l->budget / 2 < BUDGET_LEAST ? 0 : l->budget / 2;
-	else
+	if (idle < l->poll_max)
 		l->budget = MIN(l->poll_max, MAX(l->budget * 2, MAX(l->poll_max / 8, BUDGET_FIRST)));
+	else if (l->budget / 2 >= BUDGET_LEAST)
+		l->budget /= 2;
+	else
+		l->budget = ++l->long_sleeps % PROBE_EVERY ? 0 : l->poll_max / 4;
 }
 
 static void turn(struct loop *l)

@@ -102,6 +102,7 @@ struct loop {
 	struct loop_task *turn_end, **turn_end_tail;
 	struct loop_poll *polls, *poll_next;
 	uint64_t budget;                /* ns to look before the next sleep */
+	unsigned long_sleeps;
 	struct loop_timer *timer[LOOP_TIMERS];
 	unsigned nr_timers;
 };
