@@ -298,6 +298,8 @@ int  qcow2_punch(struct image *i, uint64_t off, uint64_t len, enum punch_kind ki
 int  qcow2_gather(struct image *i, struct plan *p);
 void qcow2_gathered(struct image *i, int err);
 int  qcow2_write_compressed(struct image *i, const void *cluster, uint64_t off);
+size_t qcow2_compress(const struct image *i, const void *cluster, void *out);
+int  qcow2_write_packed(struct image *i, void *z, size_t n, uint64_t off);
 
 /* ---- qcow2_create.c ---- */
 
@@ -312,6 +314,7 @@ int  qcow2_snapshots(struct image *i, struct image_snapshot **list, unsigned *n,
 int  qcow2_snapshot_create(struct image *i, const char *name, struct error *err);
 int  qcow2_snapshot_apply(struct image *i, const char *which, struct error *err);
 int  qcow2_snapshot_delete(struct image *i, const char *which, struct error *err);
+int  qcow2_use_snapshot(struct image *i, const char *which, struct error *err);
 int  qcow2_resize(struct image *i, uint64_t size, enum image_prealloc prealloc, struct error *err);
 int  qcow2_set_backing(struct image *i, const char *name, const char *format, struct error *err);
 /*

@@ -877,6 +877,24 @@ static int store_compressed(struct image *i, uint8_t *z, uint32_t n, uint64_t of
 	return 0;
 }
 
+/* What does not get smaller by a sector is not worth it. */
+size_t qcow2_compress(const struct image *i, const void *cluster, void *out)
+{
+	const struct qcow2 *q = qcow2_of(i);
+	size_t n = compress_cluster(q, cluster, out, q->cluster);
+
+	return n > q->cluster - SECTOR ? 0 : n;
+}
+
+int qcow2_write_packed(struct image *i, void *z, size_t n, uint64_t off)
+{
+	const struct qcow2 *q = qcow2_of(i);
+
+	if (off & (q->cluster - 1) || off >= i->size || !n || n > q->cluster - SECTOR)
+		return -EINVAL;
+	return store_compressed(i, z, (uint32_t)n, off);
+}
+
 int qcow2_write_compressed(struct image *i, const void *cluster, uint64_t off)
 {
 	struct qcow2 *q = qcow2_of(i);
@@ -888,8 +906,6 @@ int qcow2_write_compressed(struct image *i, const void *cluster, uint64_t off)
 	z = malloc(q->cluster);
 	if (!z)
 		return -ENOMEM;
-	n = compress_cluster(q, cluster, z, q->cluster);
-	if (!n || n > q->cluster - SECTOR)
-		return store_plain(i, cluster, off);
-	return store_compressed(i, z, (uint32_t)n, off);
+	n = qcow2_compress(i, cluster, z);
+	return n ? store_compressed(i, z, (uint32_t)n, off) : store_plain(i, cluster, off);
 }
