@@ -21,7 +21,7 @@ for format in qcow2 vdi raw; do
 	run differential $format 0 $((10000 * count)) 10
 	run kill $format 0 $((10000 * count))
 	run powercut $format 0 $((400 * count))
-	run faults $format 0 $((2 * count)) 1
+	run faults $format 0 $count 1
 done
 # Images with fields changed: 20,000 of each format and more, under sanitizers.
 meson=$(command -v /usr/bin/meson || echo meson)

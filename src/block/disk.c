@@ -25,9 +25,14 @@ struct keys {
 
 static int read_format(struct keys *k, struct opts *o, struct error *err)
 {
-	const char *const *names = image_formats();
-	int i = -1, r = opts_choice(o, "format", names, &i, err);
+	const char *names[16];
+	int i = -1, n = 0, r;
 
+	for (const char *const *f = image_formats(); *f; f++)
+		names[n++] = *f;
+	names[n++] = "vpc";             /* what QEMU calls vhd */
+	names[n] = NULL;
+	r = opts_choice(o, "format", names, &i, err);
 	k->how.format = !r && i >= 0 ? names[i] : NULL;
 	return r;
 }

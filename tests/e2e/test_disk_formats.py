@@ -72,7 +72,7 @@ def test_guest_writes_into_a_compressed_image(vmm, raw, tmp_path, compression):
 @needs_qemu_img
 @pytest.mark.parametrize("fmt, name, options", [
     ("vmdk", "vmdk", "subformat=monolithicSparse"), ("vmdk", "vmdk", "subformat=streamOptimized"),
-    ("vmdk", "vmdk", "subformat=monolithicFlat"), ("vpc", "vhd", "subformat=dynamic"), ("vpc", "vhd", "subformat=fixed"),
+    ("vmdk", "vmdk", "subformat=monolithicFlat"), ("vpc", "vhd", "subformat=dynamic"), ("vpc", "vpc", "subformat=fixed"),
     ("vhdx", "vhdx", "subformat=dynamic"), ("vhdx", "vhdx", "subformat=fixed"), ("qcow2", "qcow2", "compat=1.1"),
     ("vdi", "vdi", "static=off"), ("raw", "raw", "")])
 def test_thrown_away_writes_on_any_format(vmm, raw, tmp_path, fmt, name, options):

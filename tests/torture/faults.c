@@ -8,7 +8,7 @@
 #include "record.h"
 #include "torture.h"
 
-#define OPS 400
+#define OPS 2000
 
 static void run(struct world *w, unsigned at, int err)
 {
