@@ -13,12 +13,14 @@
 static void run(struct world *w, unsigned at, int err)
 {
 	static uint8_t sure[DISK_MAX / SECTOR];         /* 1: what the model says; 0: perhaps not */
+	static uint8_t since[DISK_MAX / SECTOR];        /* 1: changed since the last flush */
 	struct image *i;
 	struct error why;
 	unsigned failed = 0;
 
 	world_make(w);
 	memset(sure, 1, sizeof(sure));
+	memset(since, 0, sizeof(since));
 	fail_with = err;
 	fail_at = 0;
 	if (world_try_open(w, false, &i, &why))
@@ -29,11 +31,19 @@ static void run(struct world *w, unsigned at, int err)
 		struct op_done d = world_op(w, i, false);
 
 		failed += d.err != 0;
-		if (d.kind != DO_FLUSH)
+		if (d.kind != DO_FLUSH) {
 			memset(sure + d.off / SECTOR, d.err == 0, d.len / SECTOR);
+			memset(since + d.off / SECTOR, 1, d.len / SECTOR);
+		} else if (!d.err) {
+			memset(since, 0, sizeof(since));
+		}
 	}
-	if (image_close(i) && calls_made < fail_at)
-		broken(w, "close failed and nothing else did");
+	if (image_close(i)) {
+		if (calls_made < fail_at)
+			broken(w, "close failed and nothing else did");
+		for (unsigned k = 0; k < DISK_MAX / SECTOR; k++)        /* it said so */
+			sure[k] &= !since[k];
+	}
 	fail_at = 0;
 	if (failed > 1)
 		broken(w, "one call failed (number %u), %u operations did", at, failed);
