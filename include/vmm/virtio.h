@@ -57,7 +57,7 @@ struct virtio_ops {
 
 	/* Main thread, no vCPU runs; for the result file; optional. */
 	void (*facts)(struct virtio *v, struct facts *f);
-	/* Main thread, device stopped, the process about to end: let go of other processes; optional. */
+	/* Main thread, device stopped, the process about to end: let go of other processes, write out what is only in memory; optional. */
 	void (*finish)(struct virtio *v);
 	/* Main thread, device stopped, after finish or not. Frees the struct the virtio is embedded in. */
 	void (*free)(struct virtio *v);

@@ -176,7 +176,7 @@ int  vm_reset(struct vm *vm, struct error *err);        /* PAUSED, stays PAUSED:
 void vm_halt(struct vm *vm);                            /* any state -> STOPPED; vCPUs are parked for good */
 bool vm_is_dead(struct vm *vm);                         /* RUNNING: all vCPUs halted with interrupts off, none can wake */
 void vm_describe(struct vm *vm, struct facts *f);       /* STOPPED */
-void vm_finish(struct vm *vm);                          /* STOPPED: on return no I/O is in flight, no helper is needed; the process may end */
+void vm_finish(struct vm *vm);                          /* STOPPED: on return no I/O is in flight, disk images are written out, no helper is needed; the process may end */
 void vm_free(struct vm *vm);                            /* any state; NULL is fine */
 
 /* Any thread. */

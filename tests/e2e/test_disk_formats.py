@@ -3,7 +3,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import guest
+from conftest import PATIENCE, guest, read_until, started_vmm
 
 QEMU_IMG = shutil.which("qemu-img")
 needs_qemu_img = pytest.mark.skipif(not QEMU_IMG, reason="needs qemu-img (Debian package qemu-utils)")
@@ -56,6 +56,27 @@ def test_guest_reads_and_writes(vmm, raw, tmp_path, fmt, options, cache, engine)
     assert contents(image, fmt, tmp_path) == expected(raw)
     d = r.result["devices"]["blk0"]
     assert d["format"] == fmt and d["size"] == SIZE and d["writes"] == 1
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("how", ["poweroff", "triple", "timeout", "signal", "iothread"])
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10", "cluster_size=2M,extended_l2=on"])
+def test_what_was_not_flushed_is_there_when_the_machine_ends(vmm, raw, tmp_path, options, how):
+    image = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", "-o", options, image)  # all of it to be copied
+    disk = f"{image},format=qcow2,backing=allow" + (",iothread=0" if how == "iothread" else "")
+    if how == "signal":
+        with started_vmm("-k", guest("virtio-blk.elf"), "-m", "16M", "-d", disk, "-M", "microvm", "--net", "none",
+                         "-a", "noflush hang") as p:
+            read_until(p.stdout, b"ok")
+            p.terminate()
+            p.communicate(timeout=PATIENCE)
+    else:
+        args = {"triple": ["-a", "noflush triple"], "timeout": ["-a", "noflush hang", "--timeout", "1"]}
+        r = run(vmm, disk, *args.get(how, ["-a", "noflush"]))
+        assert b"ok" in r.out, (r.out, r.err)
+    qemu_img("check", "-q", "-f", "qcow2", image)
+    assert contents(image, "qcow2", tmp_path) == expected(raw)
 
 
 @needs_qemu_img

@@ -1,5 +1,5 @@
 /*
- * A polling driver; with MSI-X or the device's IOAPIC line one that sleeps: finds the device by its id, negotiates VERSION_1 alone, and
+ * A polling driver; with MSI-X or the device's IOAPIC line one that sleeps: finds the device by its id, negotiates VERSION_1 and what was asked for, and
  * runs one chain at a time through one queue.
  */
 #include "virtio.h"
@@ -110,7 +110,7 @@ static uint8_t get_status(struct driver *d)
 	return d->pci ? *(volatile uint8_t *)(d->common + 0x14) : read32(d->mmio + 0x70);
 }
 
-/* VERSION_1 is bit 32, and all that is wanted. */
+/* VERSION_1 is bit 32. */
 static void negotiate(struct driver *d)
 {
 	uintptr_t select = d->pci ? d->common + 0 : d->mmio + 0x14;
@@ -124,8 +124,10 @@ static void negotiate(struct driver *d)
 	set_status(d, ACKNOWLEDGE | DRIVER);
 	write32(select, 1);
 	CHECK(read32(offered) & 1);
+	write32(select, 0);
+	d->features &= read32(offered);
 	write32(select_back, 0);
-	write32(accepted, 0);
+	write32(accepted, d->features);
 	write32(select_back, 1);
 	write32(accepted, 1);
 	set_status(d, ACKNOWLEDGE | DRIVER | FEATURES_OK);

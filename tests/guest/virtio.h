@@ -18,6 +18,7 @@ struct driver {
 	uintptr_t common, notify, isr, config;
 	uint32_t notify_step;
 	uint16_t queue;                 /* 0 unless set before the start */
+	uint32_t features;              /* bits 0 to 31, the same; what the device has of them after it */
 	uint32_t gsi;                   /* its IOAPIC line */
 	bool msix, sleeps;
 	uint16_t avail, used;

@@ -477,6 +477,15 @@ static void blk_facts(struct virtio *v, struct facts *f)
 	facts_u64(f, "errors", count_get(&b->errors));
 }
 
+/* What the guest wrote and did not flush: an image's metadata lies in our memory only. */
+static void blk_finish(struct virtio *v)
+{
+	struct blk *b = container_of(v, struct blk, v);
+
+	disk_close(b->disk);
+	b->disk = NULL;
+}
+
 static void blk_free(struct virtio *v)
 {
 	struct blk *b = container_of(v, struct blk, v);
@@ -497,6 +506,7 @@ static const struct virtio_ops blk_ops = {
 	.notify = blk_notify,
 	.config_write = blk_config_write,
 	.facts = blk_facts,
+	.finish = blk_finish,
 	.free = blk_free,
 };
 
