@@ -282,6 +282,7 @@ void disk_drain(struct disk *d)
 	if (!d->idle)
 		loop_drain(d->home, &d->idle);
 	assert(d->idle);
+	loop_del_timer(d->home, &d->tidy);      /* the last plan may have asked for another */
 	if (d->gate)
 		gate_drained(d->gate);
 }

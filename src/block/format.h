@@ -303,7 +303,7 @@ struct disk {
 	struct loop *home;
 
 	/* home loop */
-	unsigned inflight;              /* requests, and plans that run */
+	unsigned inflight;              /* requests, tables on their way in, and plans that run */
 	bool idle;                      /* inflight == 0 */
 	bool writethrough;
 	bool flush_failed;

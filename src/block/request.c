@@ -206,6 +206,8 @@ static void load_done(struct loop_op *op, int res)
 		return loop_submit(d->home, op);
 	}
 	l->table = NULL;
+	d->inflight--;
+	d->idle = !d->inflight;
 	wake_all(d);
 }
 
@@ -226,6 +228,8 @@ static void load(struct disk *d, struct table *t)
 	l->table = t;
 	l->op = (struct loop_op){ .kind = OP_READV, .fd = t->file->meta_fd, .iov = &t->iov, .cnt = 1,
 		.off = t->off + (uint64_t)((uint8_t *)t->iov.iov_base - (uint8_t *)t->data), .done = load_done };
+	d->inflight++;          /* the request that wants it may end without it */
+	d->idle = false;
 	loop_submit(d->home, &l->op);
 }
 
