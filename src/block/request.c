@@ -608,7 +608,7 @@ static int run_plan(struct loop_op *op)
 {
 	struct disk *d = container_of(op, struct disk, plan_op);
 	const struct plan *p = &d->plan;
-	int r = plan_run(p, &d->image->file);
+	int r = d->plan_err ? d->plan_err : plan_run(p, &d->image->file);
 
 	if (r || p->no_barriers || (p->n && p->step[p->n - 1].kind == PLAN_BARRIER))
 		return r;
@@ -621,7 +621,8 @@ static void plan_done(struct loop_op *op, int res)
 	struct blk_req *list = TAKE_PTR(d->flushing);
 
 	plan_clear(&d->plan);
-	d->image->fmt->gathered(d->image, res);
+	if (d->image->fmt->gathered)
+		d->image->fmt->gathered(d->image, res);
 	d->image->gathering = false;
 	d->z_image = NULL;
 	answer(list, res);
@@ -637,10 +638,15 @@ static void plan_done(struct loop_op *op, int res)
 	}
 }
 
+/* Formats that are only read have nothing to say. */
+static int gather(struct image *i, struct plan *p)
+{
+	return !i->fmt->gather || (i->corrupt && !i->marking) ? 0 : i->fmt->gather(i, p);
+}
+
+/* What cannot be gathered fails like what cannot be written: not before the caller has returned, who may hold a work. */
 static void plan_start(struct disk *d)
 {
-	int r;
-
 	if (d->planning) {
 		d->plan_wanted = true;
 		return;
@@ -654,9 +660,7 @@ static void plan_start(struct disk *d)
 	d->plan.no_barriers = d->image->unsafe;
 	d->epoch++;
 	loop_del_timer(d->home, &d->tidy);
-	r = d->image->corrupt && !d->image->marking ? 0 : d->image->fmt->gather(d->image, &d->plan);
-	if (r)
-		return plan_done(&d->plan_op, r);
+	d->plan_err = gather(d->image, &d->plan);
 	d->plan_op = (struct loop_op){ .kind = OP_WORK, .fd = -1, .work = run_plan, .done = plan_done };
 	loop_submit(d->home, &d->plan_op);
 }

@@ -437,5 +437,29 @@ START_TEST(a_drained_disk_leaves_no_timer)
 }
 END_TEST
 
+/* A guest may flush what it can only read; the format then has no metadata to write. */
+START_TEST(an_image_that_is_only_read_can_be_flushed)
+{
+	static const char text[] = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n"
+		"RW 8192 FLAT \"disk-flat.vmdk\" 0\n";
+	int fd;
+
+	setup();
+	snprintf(path, sizeof(path), "%s/disk.vmdk", dir);
+	snprintf(base, sizeof(base), "%s/disk-flat.vmdk", dir);
+	make_base();
+	fd = open(path, O_WRONLY | O_CREAT, 0600);
+	ck_assert_int_eq(write(fd, text, sizeof(text) - 1), sizeof(text) - 1);
+	close(fd);
+	open_disk("format=vmdk,ro", LOOP_EPOLL);
+	ck_assert_int_eq(one(BLK_FLUSH, 0, 0), 0);
+	ck_assert_int_eq(one(BLK_READ, 1 << 16, 4096), 0);
+	ck_assert_int_eq(memcmp(slot[0].data, model + (1 << 16), 4096), 0);
+	close_disk();
+	teardown();
+}
+END_TEST
+
 UNIT_MAIN("request", every_format_keeps_what_was_written, what_is_missing_comes_from_the_backing_image,
-	a_drained_disk_leaves_no_timer, thrown_away_writes_leave_the_file_alone, a_failed_call_never_corrupts)
+	a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed,
+	thrown_away_writes_leave_the_file_alone, a_failed_call_never_corrupts)
