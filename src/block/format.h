@@ -290,6 +290,7 @@ bool tables_any_dirty(const struct tables *t);
 struct table_load {
 	struct disk *disk;
 	struct table *table;            /* NULL: free */
+	unsigned tries;                 /* fruitless results in a row */
 	struct loop_op op;
 };
 

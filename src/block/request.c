@@ -28,6 +28,7 @@
 #define ZERO_CHUNK (64u << 10)
 #define PIECE_MAX  (2u << 20)   /* most zeroes written as one piece */
 #define TIDY_NS    1000000000ull
+#define LOAD_TRIES 64           /* fruitless results in a row before the read of a table fails */
 
 enum { STARTING, ENDED, UNDERWAY };
 
@@ -195,16 +196,28 @@ static void transferred(struct blk_req *io, int err)
 
 /* ---- metadata that is not in memory ---- */
 
+static void load_done(struct loop_op *op, int res);
+
+static void load_more(struct table_load *l)
+{
+	const struct table *t = l->table;
+
+	l->op = (struct loop_op){ .kind = OP_READV, .fd = t->file->meta_fd, .iov = &t->iov, .cnt = 1,
+		.off = t->off + (uint64_t)((uint8_t *)t->iov.iov_base - (uint8_t *)t->data), .done = load_done };
+	loop_submit(l->disk->home, &l->op);
+}
+
 static void load_done(struct loop_op *op, int res)
 {
 	struct table_load *l = container_of(op, struct table_load, op);
 	struct disk *d = l->disk;
 
+	if ((res == -EAGAIN || res == -EINTR) && l->tries++ < LOAD_TRIES)
+		return load_more(l);
+	l->tries = 0;
 	table_loaded(l->table, res);
-	if (l->table->loading) {
-		op->off = l->table->off + (uint64_t)((uint8_t *)l->table->iov.iov_base - (uint8_t *)l->table->data);
-		return loop_submit(d->home, op);
-	}
+	if (l->table->loading)
+		return load_more(l);
 	l->table = NULL;
 	d->inflight--;
 	d->idle = !d->inflight;
@@ -226,11 +239,10 @@ static void load(struct disk *d, struct table *t)
 		return;
 	l->disk = d;
 	l->table = t;
-	l->op = (struct loop_op){ .kind = OP_READV, .fd = t->file->meta_fd, .iov = &t->iov, .cnt = 1,
-		.off = t->off + (uint64_t)((uint8_t *)t->iov.iov_base - (uint8_t *)t->data), .done = load_done };
+	l->tries = 0;
 	d->inflight++;          /* the request that wants it may end without it */
 	d->idle = false;
-	loop_submit(d->home, &l->op);
+	load_more(l);
 }
 
 /* err from a format: true where the work waits now. */

@@ -181,8 +181,8 @@ static void enter(struct tables *t, struct table *e, uint64_t off)
 
 void table_loaded(struct table *e, int res)
 {
-	if (res < 0) {
-		e->err = res;
+	if (res < 0) {  /* what a format says when it wants to be asked again must not come from the host */
+		e->err = res == -EAGAIN || res == -EBUSY ? -EIO : res;
 	} else if (res == 0) {          /* past the end of the file */
 		memset(e->iov.iov_base, 0, e->iov.iov_len);
 		e->iov.iov_len = 0;

@@ -32,6 +32,7 @@ static uint64_t seed;
 
 static bool through_ring;       /* no metadata is found in the page cache */
 static int failing;             /* this many workers' jobs and transfers until one fails; 0: none does */
+static int failing_kind = -1;   /* only those of this kind; -1: all */
 static int fail_with;
 
 static unsigned rnd(unsigned n)
@@ -54,7 +55,7 @@ static int give_fault(struct loop_op *op)
 
 void __wrap_loop_submit(struct loop *l, struct loop_op *op)
 {
-	if (failing && !--failing) {
+	if (failing && (failing_kind < 0 || failing_kind == (int)op->kind) && !--failing) {
 		op->kind = OP_WORK;
 		op->work = give_fault;
 		op->fd = fail_with;
@@ -386,6 +387,29 @@ START_TEST(thrown_away_writes_leave_the_file_alone)
 }
 END_TEST
 
+/* What only means "try again" is tried again, for tables too. */
+START_TEST(a_result_that_means_again_is_tried_again)
+{
+	for (int at = 1; at < 20; at++) {
+		setup();
+		make(path, "qcow2", NULL, 512);
+		work("format=qcow2", LOOP_EPOLL, 300);
+		through_ring = true;
+		failing = at;
+		failing_kind = OP_READV;
+		fail_with = -EAGAIN;
+		work("format=qcow2", LOOP_EPOLL, 300);
+		ck_assert_int_eq(failing, 0);
+		ck_assert_uint_eq(failures, 0);
+		fail_with = 0;
+		failing_kind = -1;
+		through_ring = false;
+		check_image("qcow2", true);
+		teardown();
+	}
+}
+END_TEST
+
 /* One call of the ring or a worker fails, each in turn: the request that needed it fails, and no metadata is lost. */
 START_TEST(a_failed_call_never_corrupts)
 {
@@ -462,4 +486,5 @@ END_TEST
 
 UNIT_MAIN("request", every_format_keeps_what_was_written, what_is_missing_comes_from_the_backing_image,
 	a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed,
-	thrown_away_writes_leave_the_file_alone, a_failed_call_never_corrupts)
+	thrown_away_writes_leave_the_file_alone,
+	a_result_that_means_again_is_tried_again, a_failed_call_never_corrupts)
