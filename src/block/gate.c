@@ -864,7 +864,7 @@ void gate_enter(struct gate *g, struct blk_req *r)
 	h->len = r->len;
 	h->log = NULL;
 	h->cnt = 0;
-	if (g->retries && (r->op == BLK_READ || r->op == BLK_WRITE)) {
+	if (g->retries && r->cnt && (r->op == BLK_READ || r->op == BLK_WRITE)) {
 		h->place = r->iov;
 		h->cnt = r->cnt;
 		memcpy(h->iov, r->iov, r->cnt * sizeof(r->iov[0]));
