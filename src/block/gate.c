@@ -870,7 +870,7 @@ void gate_enter(struct gate *g, struct blk_req *r)
 		memcpy(h->iov, r->iov, r->cnt * sizeof(r->iov[0]));
 	}
 	decide(g, h);
-	if (!g->limited || h->kind == K_FLUSH)  /* a flush moves nothing of its own */
+	if (!g->limited || g->draining || h->kind == K_FLUSH)   /* a flush moves nothing of its own */
 		return wait(g, h);
 	push(&g->limits[h->kind != K_READ], h);
 	pump(g, h);
