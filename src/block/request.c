@@ -41,6 +41,7 @@ struct work {
 	struct iovec *iov;              /* of what is left; NULL: zeroes */
 	unsigned cnt;
 	int phase, err;
+	bool for_plan;                  /* stalled until a plan has run */
 
 	/* the piece */
 	uint64_t n;                     /* guest bytes */
@@ -109,6 +110,7 @@ static void work_end(struct work *w)
 static void stall(struct work *w)
 {
 	w->phase = UNDERWAY;
+	w->for_plan = false;
 	w->next = w->disk->stalled;
 	w->disk->stalled = w;
 }
@@ -253,10 +255,11 @@ static bool waits(struct work *w, struct image *i, int err)
 	if (err != -EAGAIN && err != -EBUSY)
 		return false;
 	stall(w);
-	if (err == -EAGAIN && i->want == WANT_TABLE)
-		load(d, i->want_table);
-	else if (err == -EAGAIN)
+	w->for_plan = err == -EAGAIN && i->want == WANT_PLAN;
+	if (w->for_plan)
 		plan_start(d);
+	else if (err == -EAGAIN)
+		load(d, i->want_table);
 	return true;
 }
 
@@ -580,7 +583,7 @@ static void answer(struct blk_req *list, int err)
 	}
 }
 
-/* Who waits for a clean table would wait for ever: the plan cannot be written. */
+/* Who waits for a clean table would wait for ever: the plan cannot be written. The others are woken. */
 static void fail_stalled(struct disk *d, int err)
 {
 	struct work *w = TAKE_PTR(d->stalled);
@@ -588,10 +591,10 @@ static void fail_stalled(struct disk *d, int err)
 	while (w) {
 		struct work *next = w->next;
 
-		if (w->req->op == BLK_READ)     /* perhaps it only waits for a table */
-			stall(w);
-		else
+		if (w->for_plan)
 			piece_done(w, err);
+		else
+			stall(w);
 		w = next;
 	}
 }
@@ -631,11 +634,14 @@ static void plan_done(struct loop_op *op, int res)
 {
 	struct disk *d = container_of(op, struct disk, plan_op);
 	struct blk_req *list = TAKE_PTR(d->flushing);
+	struct image *i = d->image;
 
 	plan_clear(&d->plan);
-	if (d->image->fmt->gathered)
-		d->image->fmt->gathered(d->image, res);
-	d->image->gathering = false;
+	if (i->fmt->gathered)
+		i->fmt->gathered(i, res);
+	i->gathering = false;
+	if (!res && i->corrupt && !i->file.readonly)
+		res = -EIO;             /* what is dirty is never written */
 	d->z_image = NULL;
 	answer(list, res);
 	if (res) {

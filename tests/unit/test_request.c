@@ -484,7 +484,22 @@ START_TEST(an_image_that_is_only_read_can_be_flushed)
 }
 END_TEST
 
+/* The map of what was written before it was found corrupt stays in memory: no flush may say that it is safe. */
+START_TEST(a_corrupt_image_cannot_be_flushed)
+{
+	setup();
+	make(path, "qcow2", NULL, 0);
+	open_disk("format=qcow2", LOOP_EPOLL);
+	ck_assert_int_eq(one(BLK_WRITE, 0, 4096), 0);
+	disk->image->corrupt = true;
+	ck_assert_int_eq(one(BLK_FLUSH, 0, 0), -EIO);
+	ck_assert_int_eq(one(BLK_READ, 0, 4096), 0);
+	close_disk();
+	teardown();
+}
+END_TEST
+
 UNIT_MAIN("request", every_format_keeps_what_was_written, what_is_missing_comes_from_the_backing_image,
-	a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed,
+	a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed, a_corrupt_image_cannot_be_flushed,
 	thrown_away_writes_leave_the_file_alone,
 	a_result_that_means_again_is_tried_again, a_failed_call_never_corrupts)
