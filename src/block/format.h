@@ -226,6 +226,8 @@ int image_corrupt(struct image *i, const char *fmt, ...);
 
 /* map() through the chain: what the guest reads there; *owner: the image it lies in, or that returned the error. */
 int image_map(struct image *i, uint64_t off, uint64_t len, struct extent *e, struct image **owner);
+/* [off, end) is known to read as zeroes; false also where that would have to be waited for. */
+bool image_reads_zero(struct image *i, uint64_t off, uint64_t end);
 /* Put an image without a name on top of *image, which must be read-only: it takes all changes, and ends with the process. */
 int  image_overlay(struct image **image, struct error *err);
 /* Gather, run and finish one plan, in place (tools, open, close). */

@@ -690,7 +690,7 @@ int image_read(struct image *i, void *buf, size_t len, uint64_t off)
 
 /* ---- writing ---- */
 
-static bool reads_zero(struct image *i, uint64_t off, uint64_t end)
+bool image_reads_zero(struct image *i, uint64_t off, uint64_t end)
 {
 	while (off < end) {
 		struct image *owner;
@@ -711,7 +711,7 @@ static int fill(struct image *i, const struct alloc *a, uint64_t from, uint64_t 
 
 	if (from >= to)
 		return 0;
-	if (reads_zero(i, from, to))
+	if (image_reads_zero(i, from, to))
 		return a->blank ? 0 : meta_zero(&i->file, a->pos + from - a->off, to - from);
 	buf = malloc(FILL_CHUNK);
 	if (!buf)
@@ -776,7 +776,7 @@ static int write_zeroes(struct image *i, uint64_t off, uint64_t len)
 	while (len && !r) {
 		uint64_t n = MIN(len, FILL_CHUNK);
 
-		if (!reads_zero(i, off, off + n))
+		if (!image_reads_zero(i, off, off + n))
 			r = write_data(i, zeroes, n, off);
 		off += n;
 		len -= n;

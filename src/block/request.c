@@ -364,20 +364,6 @@ static void read_piece(struct work *w)
 
 /* ---- writing ---- */
 
-/* Known to read as zeroes, without waiting for anything. */
-static bool reads_zero(struct image *i, uint64_t off, uint64_t end)
-{
-	while (off < end) {
-		struct image *owner;
-		struct extent e;
-
-		if (image_map(i, off, end - off, &e, &owner) || (e.kind != EXT_ZERO && e.kind != EXT_HOLE))
-			return false;
-		off += e.len;
-	}
-	return true;
-}
-
 static void free_fill(struct work *w)
 {
 	w->disk->fill_bytes -= w->buf_size;
@@ -464,9 +450,9 @@ static void fill_around(struct work *w)
 
 	w->head = a->off - a->fill_off;
 	w->tail = a->fill_end - (a->off + a->len);
-	if (a->blank && reads_zero(i, a->fill_off, a->off))
+	if (a->blank && image_reads_zero(i, a->fill_off, a->off))
 		w->head = 0;
-	if (a->blank && reads_zero(i, a->off + a->len, a->fill_end))
+	if (a->blank && image_reads_zero(i, a->off + a->len, a->fill_end))
 		w->tail = 0;
 	if (!w->head && !w->tail)
 		return write_fresh(w);
@@ -531,7 +517,7 @@ static void punch_piece(struct work *w)
 		tidy_soon(d);
 	}
 	w->n = MIN(done ? done : part, w->left);
-	if (r || done || kind == PUNCH_DISCARD || reads_zero(i, w->off, w->off + w->n))
+	if (r || done || kind == PUNCH_DISCARD || image_reads_zero(i, w->off, w->off + w->n))
 		return piece_done(w, r);
 	write_piece(w, MIN(w->n, PIECE_MAX));
 }
