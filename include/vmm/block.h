@@ -62,8 +62,8 @@ uint32_t disk_block_size(const struct disk *d); /* what the host file wants alig
 
 /*
  * Home loop only. Errors of done(): -EINVAL outside the disk, -EROFS read-only, -EOPNOTSUPP discard
- * that the host file cannot do, -ENOSPC, -EIO. Once a flush failed, every later one fails: the kernel
- * reports lost writes once only.
+ * that the host file cannot do, -ENOSPC, -EIO. Once the host could not sync, every later flush fails: the
+ * kernel reports lost writes once only.
  */
 void disk_submit(struct disk *d, struct blk_req *r);    /* reaches the kernel at turn end; done() may run at once */
 void disk_drain(struct disk *d);                        /* returns with nothing in flight */

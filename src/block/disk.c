@@ -188,22 +188,28 @@ static void finish(struct blk_req *r, int err)
 		end(r, err);
 }
 
+/*
+ * The kernel reports a lost write to one fdatasync() and then forgets it: the next would succeed although
+ * the data is gone. So a failed one is never asked again. Metadata that could not be written is another matter:
+ * it is still in memory, and the next flush tries again.
+ */
+void disk_sync_failed(struct disk *d, int err)
+{
+	if (!d->flush_failed)
+		log_guest(&d->limit, "'%s': a flush failed (%s): every later one fails too", d->image->path,
+			strerrordesc_np(-err));
+	d->flush_failed = true;
+}
+
 static void synced(struct blk_req *r, int err)
 {
 	struct disk *d = r->disk;
 
-	if (err && !d->flush_failed) {
-		d->flush_failed = true;
-		log_guest(&d->limit, "'%s': a flush failed (%s): every later one fails too", d->image->path,
-			strerrordesc_np(-err));
-	}
+	if (err && !d->image->fmt->map)
+		disk_sync_failed(d, err);
 	finish(r, err);
 }
 
-/*
- * The kernel reports a lost write to one fdatasync() and then forgets it: the next would succeed although
- * the data is gone. So a failed one is never asked again.
- */
 static void sync_request(struct disk *d, struct blk_req *r)
 {
 	if (d->cache == CACHE_UNSAFE)

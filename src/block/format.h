@@ -88,13 +88,14 @@ struct plan {
 	struct plan_step *step;
 	unsigned n, room;
 	bool no_barriers;               /* cache=unsafe */
+	bool sync_failed;               /* plan_run() failed at a barrier: the host may have lost data, and says so once */
 };
 /* 0 or -ENOMEM. A barrier after a barrier is one. */
 int  plan_write(struct plan *p, uint64_t off, const void *data, size_t len);    /* copies */
 int  plan_zero(struct plan *p, uint64_t off, uint64_t len);
 int  plan_punch(struct plan *p, uint64_t off, uint64_t len);
 int  plan_barrier(struct plan *p);
-int  plan_run(const struct plan *p, const struct host_file *f);         /* any thread; stops at the first failure */
+int  plan_run(struct plan *p, const struct host_file *f);         /* any thread; stops at the first failure */
 void plan_clear(struct plan *p);
 
 /* ---- formats ---- */
@@ -328,6 +329,8 @@ struct disk {
 	void *z_data;
 };
 
+/* disk.c; home loop. The host could not sync: no flush succeeds from now on. */
+void disk_sync_failed(struct disk *d, int err);
 /* request.c; home loop. r is checked; moved(r, err) when all of it is done. */
 void map_submit(struct disk *d, struct blk_req *r, void (*moved)(struct blk_req *r, int err));
 /* Everything so far to the medium, metadata too; done(r, err) in r->step. */

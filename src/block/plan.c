@@ -83,12 +83,14 @@ static int run_step(const struct plan_step *s, const struct host_file *f)
 	return -EINVAL;
 }
 
-int plan_run(const struct plan *p, const struct host_file *f)
+int plan_run(struct plan *p, const struct host_file *f)
 {
 	int r = 0;
 
-	for (unsigned i = 0; i < p->n && !r; i++)
+	for (unsigned i = 0; i < p->n && !r; i++) {
 		r = run_step(&p->step[i], f);
+		p->sync_failed = r && p->step[i].kind == PLAN_BARRIER;
+	}
 	return r;
 }
 

@@ -608,12 +608,14 @@ static void reclaim(struct disk *d)
 static int run_plan(struct loop_op *op)
 {
 	struct disk *d = container_of(op, struct disk, plan_op);
-	const struct plan *p = &d->plan;
+	struct plan *p = &d->plan;
 	int r = d->plan_err ? d->plan_err : plan_run(p, &d->image->file);
 
 	if (r || p->no_barriers || (p->n && p->step[p->n - 1].kind == PLAN_BARRIER))
 		return r;
-	return meta_sync(&d->image->file);
+	r = meta_sync(&d->image->file);
+	p->sync_failed = r;
+	return r;
 }
 
 static void plan_done(struct loop_op *op, int res)
@@ -622,6 +624,8 @@ static void plan_done(struct loop_op *op, int res)
 	struct blk_req *list = TAKE_PTR(d->flushing);
 	struct image *i = d->image;
 
+	if (d->plan.sync_failed)
+		disk_sync_failed(d, res);       /* also where no flush asked for this one */
 	plan_clear(&d->plan);
 	if (i->fmt->gathered)
 		i->fmt->gathered(i, res);

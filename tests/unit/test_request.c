@@ -34,6 +34,7 @@ static bool through_ring;       /* no metadata is found in the page cache */
 static int failing;             /* this many workers' jobs and transfers until one fails; 0: none does */
 static int failing_kind = -1;   /* only those of this kind; -1: all */
 static int fail_with;
+static _Atomic int sync_error;  /* of the next sync */
 
 static unsigned rnd(unsigned n)
 {
@@ -47,6 +48,17 @@ void __real_loop_submit(struct loop *l, struct loop_op *op);
 void __wrap_loop_submit(struct loop *l, struct loop_op *op);
 ssize_t __real_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
 ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, int flags);
+
+int __real_meta_sync(const struct host_file *f);
+int __wrap_meta_sync(const struct host_file *f);
+
+int __wrap_meta_sync(const struct host_file *f)
+{
+	int r = sync_error;
+
+	sync_error = 0;         /* said once, like the kernel does */
+	return r ? r : __real_meta_sync(f);
+}
 
 static int give_fault(struct loop_op *op)
 {
@@ -499,7 +511,38 @@ START_TEST(a_corrupt_image_cannot_be_flushed)
 }
 END_TEST
 
+static void plan_now(void *arg)
+{
+	(void)arg;
+	disk->tidy.fn(&disk->tidy);
+	disk_drain(disk);
+}
+
+/* The host says only once that it lost data: whoever hears it, the guest's next flush must fail. */
+START_TEST(a_sync_that_failed_fails_every_later_flush)
+{
+	setup();
+	make(path, "qcow2", NULL, 0);
+	open_disk("format=qcow2", LOOP_EPOLL);
+	ck_assert_int_eq(one(BLK_WRITE, 0, 4096), 0);
+	failing = 1;
+	fail_with = -ENOSPC;                            /* metadata is kept: this one may be asked again */
+	ck_assert_int_eq(one(BLK_FLUSH, 0, 0), -ENOSPC);
+	ck_assert_int_eq(one(BLK_FLUSH, 0, 0), 0);
+	ck_assert_int_eq(one(BLK_WRITE, 1 << 20, 4096), 0);
+	ck_assert_int_eq(one(BLK_DISCARD, 0, 1 << 16), 0);
+	sync_error = -EIO;
+	loop_call(loop, plan_now, NULL);                /* no flush, only a plan to give space back */
+	ck_assert_int_eq(sync_error, 0);
+	ck_assert_int_eq(one(BLK_FLUSH, 0, 0), -EIO);
+	ck_assert_int_eq(one(BLK_FLUSH, 0, 0), -EIO);
+	close_disk();
+	check_image("qcow2", false);
+	teardown();
+}
+END_TEST
+
 UNIT_MAIN("request", every_format_keeps_what_was_written, what_is_missing_comes_from_the_backing_image,
 	a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed, a_corrupt_image_cannot_be_flushed,
-	thrown_away_writes_leave_the_file_alone,
+	a_sync_that_failed_fails_every_later_flush, thrown_away_writes_leave_the_file_alone,
 	a_result_that_means_again_is_tried_again, a_failed_call_never_corrupts)
