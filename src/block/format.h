@@ -318,7 +318,7 @@ struct disk {
 	struct blk_req *flushing, *flush_next;  /* answered by the plan that runs; by the one after it */
 	bool planning, plan_wanted, draining;   /* draining: waiting for transfers of before the plan */
 	struct plan plan;
-	int plan_err;                   /* it could not be gathered */
+	int plan_err;                   /* it could not be gathered; when it ran: how it ended */
 	struct loop_op plan_op;
 	struct loop_timer tidy;         /* a plan for its own sake: space that was set free */
 	struct table_load load[DISK_LOADS];

@@ -595,12 +595,12 @@ static void end_plan(struct disk *d)
 	wake_all(d);
 }
 
-/* The plan ran, and nothing of before it moves any more. */
+/* The plan ran, and nothing of before it moves any more. Also after a failure: two epochs are told apart, not three. */
 static void reclaim(struct disk *d)
 {
 	struct image *i = d->image;
 
-	if (i->fmt->reclaim && i->fmt->reclaim(i))
+	if (!d->plan_err && i->fmt->reclaim && i->fmt->reclaim(i))
 		tidy_soon(d);
 	end_plan(d);
 }
@@ -638,8 +638,9 @@ static void plan_done(struct loop_op *op, int res)
 		d->plan_wanted = false;
 		answer(TAKE_PTR(d->flush_next), res);
 		fail_stalled(d, res);
-		end_plan(d);
-	} else if (d->moving[(d->epoch + 1) & 1]) {
+	}
+	d->plan_err = res;
+	if (d->moving[(d->epoch + 1) & 1]) {
 		d->draining = true;
 	} else {
 		reclaim(d);
