@@ -48,6 +48,7 @@
 #define ZERO_CHUNK (64u << 10)
 #define ZERO_IOVS  16
 #define GROW_STEP  (16u << 20)
+#define SPACE_MAX  (256u << 20) /* most space taken at once: an image may point anywhere, and space is not free */
 
 /* Zeroes to write from. Never stored to, so they cost no memory; not const, so they cost no file either. */
 static uint8_t zeroes[ZERO_CHUNK] __attribute__((aligned(4096)));
@@ -229,7 +230,7 @@ void file_close(struct host_file *f)
  */
 static bool grow_with_space(struct host_file *f, uint64_t size)
 {
-	if (!f->home || f->in_memory || f->no_space)
+	if (!f->home || f->in_memory || f->no_space || size - f->size > SPACE_MAX)
 		return false;
 	f->no_space = fallocate(f->meta_fd, 0, (off_t)f->size, (off_t)(size - f->size)) != 0;
 	if (!f->no_space)

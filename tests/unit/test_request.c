@@ -542,7 +542,25 @@ START_TEST(a_sync_that_failed_fails_every_later_flush)
 }
 END_TEST
 
+/* An entry of a map may point far behind the end of the file: that must not take the host's space. */
+START_TEST(a_file_that_grows_far_grows_by_a_hole)
+{
+	struct stat st;
+
+	setup();
+	make(path, "qcow2", NULL, 0);
+	open_disk("format=qcow2", LOOP_EPOLL);
+	ck_assert_int_eq(file_grow(&disk->image->file, 1ull << 30), 0);
+	ck_assert_int_eq(stat(path, &st), 0);
+	ck_assert_int_eq(st.st_size, 1ll << 30);
+	ck_assert_int_lt(st.st_blocks, (16 << 20) / 512);
+	close_disk();
+	teardown();
+}
+END_TEST
+
 UNIT_MAIN("request", every_format_keeps_what_was_written, what_is_missing_comes_from_the_backing_image,
 	a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed, a_corrupt_image_cannot_be_flushed,
 	a_sync_that_failed_fails_every_later_flush, thrown_away_writes_leave_the_file_alone,
+	a_file_that_grows_far_grows_by_a_hole,
 	a_result_that_means_again_is_tried_again, a_failed_call_never_corrupts)
