@@ -289,6 +289,10 @@ static int open_one(struct image **ret, const char *path, const struct image_how
 	r = i->path ? open_file(i, how, err) : error_set(err, ENOMEM, "out of memory");
 	if (!r) {
 		r = fmt->open(i, how, err);
+		if (!r && !how->readonly && i->cluster && i->cluster < i->file.align)
+			/* A block of the host's would be data and metadata at once, written by two ways. */
+			r = error_set(err, EINVAL, "cache=none needs clusters of %u bytes or more here, for O_DIRECT: they have %u "
+				"(cache=writeback takes them)", i->file.align, i->cluster);
 		if (!r && how->snapshot)
 			r = fmt->use_snapshot ? fmt->use_snapshot(i, how->snapshot, err)
 				: error_set(err, EOPNOTSUPP, "format %s has no internal snapshots", fmt->name);
