@@ -27,6 +27,8 @@
 #define FILL_MAX   (32u << 20)  /* bytes of copy-on-write buffers of a disk at once */
 #define ZERO_CHUNK (64u << 10)
 #define PIECE_MAX  (2u << 20)   /* most zeroes written as one piece */
+#define PIECES_MAX 16           /* of one request in one go; then the loop has its turn */
+#define PUNCH_MAX  1024u        /* clusters of one piece of a discard */
 #define TIDY_NS    1000000000ull
 #define LOAD_TRIES 64           /* fruitless results in a row before the read of a table fails */
 
@@ -507,8 +509,8 @@ static void punch_piece(struct work *w)
 	struct disk *d = w->disk;
 	struct image *i = d->image;
 	enum punch_kind kind = w->req->op == BLK_DISCARD ? PUNCH_DISCARD : w->req->unmap ? PUNCH_UNMAP : PUNCH_ZERO;
-	uint64_t done = 0, part = w->left;
-	int r = i->corrupt ? -EIO : i->fmt->punch ? i->fmt->punch(i, w->off, w->left, kind, &done, &part) : 0;
+	uint64_t done = 0, part = w->left, len = MIN(w->left, (uint64_t)PUNCH_MAX * i->cluster);
+	int r = i->corrupt ? -EIO : i->fmt->punch ? i->fmt->punch(i, w->off, len, kind, &done, &part) : 0;
 
 	if (waits(w, i, r))
 		return;
@@ -539,9 +541,31 @@ static void piece(struct work *w)
 	}
 }
 
+static int nothing(struct loop_op *op)
+{
+	(void)op;
+	return 0;
+}
+
+static void had_its_turn(struct loop_op *op, int res)
+{
+	(void)res;
+	run(container_of(op, struct work, op));
+}
+
+/* By way of a worker: a drain waits for what is submitted, and for nothing else. */
+static void give_way(struct work *w)
+{
+	w->phase = UNDERWAY;
+	w->op = (struct loop_op){ .kind = OP_WORK, .fd = -1, .work = nothing, .done = had_its_turn };
+	loop_submit(w->disk->home, &w->op);
+}
+
 static void run(struct work *w)
 {
-	while (w->left && !w->err) {
+	for (unsigned n = 0; w->left && !w->err; n++) {
+		if (n == PIECES_MAX)
+			return give_way(w);
 		w->phase = STARTING;
 		piece(w);
 		if (w->phase != ENDED) {

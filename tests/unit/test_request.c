@@ -559,8 +559,48 @@ START_TEST(a_file_that_grows_far_grows_by_a_hole)
 }
 END_TEST
 
+static void submit_two(void *arg)
+{
+	(void)arg;
+	disk_submit(disk, &slot[0].r);
+	disk_submit(disk, &slot[1].r);
+}
+
+static struct blk_req *_Atomic first_done;
+
+static void note_first(struct blk_req *r, int error)
+{
+	if (!first_done)
+		first_done = r;
+	one_done(r, error);
+}
+
+/* A request of very many pieces, all of them at hand, does not keep the loop from others. */
+START_TEST(a_request_in_many_pieces_lets_others_through)
+{
+	setup();
+	make(path, "qcow2", NULL, 512);
+	open_disk("format=qcow2", LOOP_EPOLL);
+	for (uint64_t k = 0; k < 128; k++)      /* every other, then those between */
+		ck_assert_int_eq(one(BLK_WRITE, (k * 2 % 128 + k / 64) * 512, 512), 0);
+	first_done = NULL;
+	for (unsigned k = 0; k < 2; k++) {
+		slot[k].iov[0] = (struct iovec){ slot[k].data, k ? 512 : 65536 };
+		slot[k].r = (struct blk_req){ .op = BLK_READ, .len = k ? 512 : 65536, .iov = slot[k].iov, .cnt = 1,
+			.done = note_first };
+	}
+	loop_call(loop, submit_two, NULL);
+	sem_wait(&all_done);
+	sem_wait(&all_done);
+	ck_assert_ptr_eq(first_done, &slot[1].r);
+	close_disk();
+	check_image("qcow2", false);
+	teardown();
+}
+END_TEST
+
 UNIT_MAIN("request", every_format_keeps_what_was_written, what_is_missing_comes_from_the_backing_image,
-	a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed, a_corrupt_image_cannot_be_flushed,
-	a_sync_that_failed_fails_every_later_flush, thrown_away_writes_leave_the_file_alone,
-	a_file_that_grows_far_grows_by_a_hole,
-	a_result_that_means_again_is_tried_again, a_failed_call_never_corrupts)
+	thrown_away_writes_leave_the_file_alone, a_result_that_means_again_is_tried_again,
+	a_failed_call_never_corrupts, a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed,
+	a_corrupt_image_cannot_be_flushed, a_sync_that_failed_fails_every_later_flush,
+	a_file_that_grows_far_grows_by_a_hole, a_request_in_many_pieces_lets_others_through)
