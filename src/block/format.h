@@ -273,7 +273,7 @@ void tables_free(struct tables *t);                     /* dirty ones are lost; 
  * last stay valid; older ones only while pinned.
  */
 int  tables_get(struct tables *t, uint64_t off, struct table **ret);
-/* A table that is not read but begins as zeroes, dirty. 0, -EAGAIN (no clean one to give up), -ENOMEM. */
+/* A table that is not read but begins as zeroes, dirty. 0, -EAGAIN (no clean one to give up, or the old one is still being read), -ENOMEM. */
 int  tables_make(struct tables *t, uint64_t off, struct table **ret);
 void tables_forget(struct tables *t, uint64_t off);     /* not needed any more, dirty or not; not pinned */
 void table_pin(struct table *t);                        /* stays where it is until as many unpins */
@@ -324,6 +324,7 @@ struct disk {
 	struct table_load load[DISK_LOADS];
 	unsigned epoch, moving[2];      /* transfers by the epoch (its lowest bit) they were started in */
 	size_t fill_bytes;              /* buffers of copy-on-write in use */
+	size_t z_bytes;                 /* buffers of clusters that are being unpacked; these wait for nobody */
 	const struct image *z_image;    /* whose cluster z_data is; NULL: nobody's */
 	uint64_t z_pos;
 	void *z_data;

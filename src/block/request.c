@@ -24,7 +24,7 @@
 #include "vmm/iov.h"
 #include "format.h"
 
-#define FILL_MAX   (32u << 20)  /* bytes of copy-on-write buffers of a disk at once */
+#define FILL_MAX   (32u << 20)  /* bytes of copy-on-write buffers of a disk at once; as many to unpack clusters */
 #define ZERO_CHUNK (64u << 10)
 #define PIECE_MAX  (2u << 20)   /* most zeroes written as one piece */
 #define PIECES_MAX 16           /* of one request in one go; then the loop has its turn */
@@ -317,8 +317,12 @@ static void unpacked(struct loop_op *op, int res)
 	}
 	free(w->buf);
 	w->buf = NULL;
+	d->z_bytes -= w->buf_size;
+	w->buf_size = 0;
 	leave_epoch(w);
 	piece_done(w, res);
+	if (d->stalled)
+		wake_all(d);
 }
 
 static void read_compressed(struct work *w)
@@ -329,9 +333,17 @@ static void read_compressed(struct work *w)
 		copy_unpacked(w, d->z_data);
 		return piece_done(w, 0);
 	}
-	w->buf = malloc((size_t)w->owner->cluster + w->ext.csize);
-	if (!w->buf)
+	w->buf_size = (size_t)w->owner->cluster + w->ext.csize;
+	if (d->z_bytes && d->z_bytes + w->buf_size > FILL_MAX) {
+		w->buf_size = 0;
+		return stall(w);        /* others have the memory: when one of them ends */
+	}
+	w->buf = malloc(w->buf_size);
+	if (!w->buf) {
+		w->buf_size = 0;
 		return piece_done(w, -ENOMEM);
+	}
+	d->z_bytes += w->buf_size;
 	w->op = (struct loop_op){ .kind = OP_WORK, .fd = -1, .work = unpack, .done = unpacked };
 	enter_epoch(w);
 	loop_submit(d->home, &w->op);

@@ -259,6 +259,11 @@ int tables_make(struct tables *t, uint64_t off, struct table **ret)
 			return r;
 		enter(t, e, off);
 	}
+	if (e->loading) {               /* forgotten meanwhile: what is still to come would lie over the zeroes */
+		t->image->want = WANT_TABLE;
+		t->image->want_table = e;
+		return -EAGAIN;
+	}
 	memset(e->data, 0, t->size);
 	table_dirty(e);
 	*ret = e;

@@ -559,6 +559,48 @@ START_TEST(a_file_that_grows_far_grows_by_a_hole)
 }
 END_TEST
 
+static void submit_all(void *arg)
+{
+	for (unsigned k = 0; k < DEPTH; k++)
+		disk_submit(disk, &slot[k].r);
+	*(size_t *)arg = disk->z_bytes;
+}
+
+/* Each takes a buffer of two clusters: not all of them may have theirs at once, and all are answered. */
+START_TEST(compressed_clusters_take_turns_for_memory)
+{
+	struct image_create c = { .format = "qcow2", .size = DEPTH * (2ull << 20), .cluster = 2u << 20 };
+	struct image_how how = { .format = "qcow2" };
+	auto_free uint8_t *cluster = malloc(c.cluster);
+	struct image *i;
+	size_t bytes;
+
+	setup();
+	ck_assert_msg(!image_create(path, &c, &err), "%s", err.msg);
+	ck_assert_msg(!image_open(&i, path, &how, &err), "%s", err.msg);
+	for (unsigned k = 0; k < DEPTH; k++) {
+		memset(cluster, (int)k + 1, c.cluster);
+		ck_assert_int_eq(image_write_compressed(i, cluster, (uint64_t)k * c.cluster), 0);
+	}
+	image_close(i);
+	open_disk("format=qcow2", LOOP_EPOLL);
+	for (unsigned k = 0; k < DEPTH; k++) {
+		slot[k].iov[0] = (struct iovec){ slot[k].data, 512 };
+		slot[k].r = (struct blk_req){ .op = BLK_READ, .off = (uint64_t)k * c.cluster, .len = 512,
+			.iov = slot[k].iov, .cnt = 1, .done = one_done };
+	}
+	loop_call(loop, submit_all, &bytes);
+	ck_assert_uint_le(bytes, 32u << 20);
+	for (unsigned k = 0; k < DEPTH; k++)
+		sem_wait(&all_done);
+	for (unsigned k = 0; k < DEPTH; k++)
+		ck_assert(!slot[k].err && slot[k].data[0] == k + 1 && slot[k].data[511] == k + 1);
+	ck_assert_uint_eq(disk->z_bytes, 0);
+	close_disk();
+	teardown();
+}
+END_TEST
+
 static void submit_two(void *arg)
 {
 	(void)arg;
@@ -603,4 +645,5 @@ UNIT_MAIN("request", every_format_keeps_what_was_written, what_is_missing_comes_
 	thrown_away_writes_leave_the_file_alone, a_result_that_means_again_is_tried_again,
 	a_failed_call_never_corrupts, a_drained_disk_leaves_no_timer, an_image_that_is_only_read_can_be_flushed,
 	a_corrupt_image_cannot_be_flushed, a_sync_that_failed_fails_every_later_flush,
-	a_file_that_grows_far_grows_by_a_hole, a_request_in_many_pieces_lets_others_through)
+	a_file_that_grows_far_grows_by_a_hole, compressed_clusters_take_turns_for_memory,
+	a_request_in_many_pieces_lets_others_through)
