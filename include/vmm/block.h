@@ -44,7 +44,7 @@ struct blk_req {
  * read, and its format is what format= says, or raw: never what its bytes look like. Main thread.
  */
 int  disk_open(struct disk **ret, struct opts *o, struct error *err);
-void disk_close(struct disk *d);                /* main thread, drained; NULL is fine */
+void disk_close(struct disk *d);                /* main thread, drained; writes out what is not flushed; NULL is fine */
 void disk_set_home(struct disk *d, struct loop *home);  /* main thread, before the first request */
 /*
  * werror=stop and its like: fn(arg, true) when a request failed and is kept until the host can do it, so that

@@ -225,6 +225,10 @@ static int read_header(const struct host_file *f, uint8_t *h, bool change, struc
 	r = check_kind(h, err);
 	r = r ? r : check_geometry(h, err);
 	r = r ? r : check_layout(f, h, err);
+	if (!r && change && get32(h + AT_DATA) % f->align)
+		/* A block of the host's would be map and data at once, written by two ways. */
+		return error_set(err, EINVAL, "cache=none needs data that begins at a multiple of %u here, for O_DIRECT: it begins "
+			"at %u (cache=writeback takes it)", f->align, get32(h + AT_DATA));
 	return r || !change ? r : check_count(f, h, err);
 }
 

@@ -62,7 +62,7 @@ static void tell(struct vm *vm, int verbose)
 
 /*
  * After a run the kernel takes a machine apart faster than we can: unbinding each eventfd from KVM waits
- * for an RCU period. Sanitizer builds do it all, and look for leaks.
+ * for an RCU period. Disk images are written out either way. Sanitizer builds do it all, and look for leaks.
  */
 static void leave(struct vm *vm, int failed)
 {
