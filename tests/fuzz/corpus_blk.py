@@ -40,7 +40,13 @@ def main():
     ends = [end(k % 3) for k in range(30)]
     frees = [submit(WRITE, 0, 200), *ends, submit(FLUSH, 0, 0), *ends, submit(DISCARD | WHOLE, 32, 64), submit(WRITE, 30, 80), *ends, TIMER, *ends]
     errors = [end(k % 2, (EIO, EAGAIN, SHORT, ENOSPC, TORN, EINTR, NOTHING, OTHER)[k % 8] | k % 5 << 4) for k in range(16)]
+    # A read that is still under way when its cluster has been freed and is written anew.
+    late = [submit(READ, 40, 8), submit(DISCARD, 88, 8), submit(FLUSH, 0, 0), end(), TIMER, end(), at_once(0xFF), submit(READ, 24, 8)]
+    late += [submit(DISCARD, 24, 8), submit(FLUSH, 0, 0), end(1), TIMER, end(1)]
+    late += [step for k in range(4) for step in (submit(WRITE, 480 + 16 * k, 8), end(1))]
     seeds = {
+        "late-read": seed(Q4K, PLAIN, 0, 0, *late, *ends),
+        "late-read-backed": seed(Q4K_BACKED, PLAIN, 0, 0, *late, *ends),
         "raw-all": seed(RAW, PLAIN, 0, 0xFF, *many, submit(ZERO, 8, 24, 64), submit(DISCARD, 40, 16), submit(FLUSH, 0, 0), *errors, *ends),
         "raw-direct": seed(RAW, STOP, DIRECT, 0xFF, *many, *errors, TIMER, TIMER, *ends),
         "small-clusters": seed(Q512, PLAIN, SMALL, 0xAA, *many, submit(WRITE | LONG, 0, 40), submit(FLUSH, 0, 0), *ends, KILL, *frees),

@@ -27,7 +27,7 @@
 #include "vmm/opts.h"
 
 #define DEPTH       12
-#define SECTORS     4099u               /* of the largest disk */
+#define SECTORS     2061u               /* of the largest disk */
 #define LEN_MOST    (160u << 10)
 #define WORDS       (SECTOR / 8)
 #define WRITERS     63
@@ -66,7 +66,7 @@ static const struct shape {
 	{ .format = "raw", .sectors = 512 },
 	{ .format = "qcow2", .cluster = 512, .sectors = 1021 },
 	{ .format = "qcow2", .cluster = 4096, .sectors = 1021 },
-	{ .format = "qcow2", .cluster = 65536, .sectors = 2045 },
+	{ .format = "qcow2", .cluster = 65536, .sectors = 1021 },
 	{ .format = "qcow2", .cluster = 512, .sectors = 1021, .backed = true },
 	{ .format = "qcow2", .cluster = 4096, .sectors = 1021, .backed = true },
 	{ .format = "qcow2", .cluster = 1024, .sectors = 1021, .snapshot = true },
@@ -75,9 +75,9 @@ static const struct shape {
 	{ .format = "qcow2", .cluster = 16384, .sectors = 1021, .extended = true, .backed = true, .packed = true },
 	{ .format = "qcow2", .cluster = 4096, .sectors = 1021, .version = 2, .backed = true },
 	{ .format = "vdi", .cluster = 4096, .sectors = 1021 },
-	{ .format = "vdi", .cluster = 65536, .sectors = 2045 },
+	{ .format = "vdi", .cluster = 65536, .sectors = 1021 },
 	{ .format = "vdi", .cluster = 1u << 20, .sectors = SECTORS },
-	{ .format = "vdi", .cluster = 65536, .sectors = 2045, .fixed = true },
+	{ .format = "vdi", .cluster = 65536, .sectors = 1021, .fixed = true },
 	{ .format = "qcow2", .cluster = 4096, .sectors = 1021, .packed = true },
 };
 
@@ -466,7 +466,7 @@ ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int cnt, off_t off, i
 	(void)flags;
 	if (!refused())
 		return preadv(fd, iov, cnt, off);
-	if (at_once & 1)
+	if (at_once & 1 && at_once != 0xff)
 		return move(OP_READV, fd, iov, (unsigned)cnt, (uint64_t)off, 8);
 	errno = EAGAIN;
 	return -1;
@@ -477,7 +477,7 @@ ssize_t __wrap_pwritev64v2(int fd, const struct iovec *iov, int cnt, off_t off, 
 	(void)flags;
 	if (!refused())
 		return pwritev(fd, iov, cnt, off);
-	if (at_once & 1)
+	if (at_once & 1 && at_once != 0xff)
 		return move(OP_WRITEV, fd, iov, (unsigned)cnt, (uint64_t)off, 8);
 	errno = EAGAIN;
 	return -1;
