@@ -280,6 +280,8 @@ void table_pin(struct table *t);                        /* stays where it is unt
 void table_unpin(struct table *t);
 void table_dirty(struct table *t);
 void table_loaded(struct table *t, int res);            /* a read of its iov ended: bytes (again if iov is not empty) or -errno */
+/* All who waited for the table at off have asked again: an error that none of them took is not for who comes later. */
+void tables_settle(struct tables *t, uint64_t off);
 /* Add a copy of each dirty table to p, in order of offset; they are clean then. -ENOMEM: nothing was added. */
 int  tables_gather(struct tables *t, struct plan *p);
 void tables_gathered(struct tables *t, int err);        /* the plan ran; err: what it held is dirty again */

@@ -215,6 +215,8 @@ static void load_done(struct loop_op *op, int res)
 {
 	struct table_load *l = container_of(op, struct table_load, op);
 	struct disk *d = l->disk;
+	struct tables *owner = l->table->owner;
+	uint64_t off = l->table->off;
 
 	if ((res == -EAGAIN || res == -EINTR) && l->tries++ < LOAD_TRIES)
 		return load_more(l);
@@ -226,6 +228,7 @@ static void load_done(struct loop_op *op, int res)
 	d->inflight--;
 	d->idle = !d->inflight;
 	wake_all(d);
+	tables_settle(owner, off);
 }
 
 /* One place stays for each table; where all are taken the work is woken by the next that ends. */

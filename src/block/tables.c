@@ -284,6 +284,14 @@ void tables_forget(struct tables *t, uint64_t off)
 	free_table(t, e);
 }
 
+void tables_settle(struct tables *t, uint64_t off)
+{
+	struct table *e = find(t, off);
+
+	if (e && e->err)
+		free_table(t, e);
+}
+
 void table_pin(struct table *e)
 {
 	e->pins++;

@@ -44,7 +44,10 @@ def main():
     late = [submit(READ, 40, 8), submit(DISCARD, 88, 8), submit(FLUSH, 0, 0), end(), TIMER, end(), at_once(0xFF), submit(READ, 24, 8)]
     late += [submit(DISCARD, 24, 8), submit(FLUSH, 0, 0), end(1), TIMER, end(1)]
     late += [step for k in range(4) for step in (submit(WRITE, 480 + 16 * k, 8), end(1))]
+    # A table that cannot be read, and nobody waits for it any more: what comes later reads it again.
+    stale = [submit(WRITE, 20, 1), submit(FLUSH, 0, 0), at_once(0xFF), submit(WRITE, 90, 1), end(0, SHORT), end(0, EIO)]
     seeds = {
+        "stale-error": seed(Q512, PLAIN, 0, 0, *stale),
         "late-read": seed(Q4K, PLAIN, 0, 0, *late, *ends),
         "late-read-backed": seed(Q4K_BACKED, PLAIN, 0, 0, *late, *ends),
         "raw-all": seed(RAW, PLAIN, 0, 0xFF, *many, submit(ZERO, 8, 24, 64), submit(DISCARD, 40, 16), submit(FLUSH, 0, 0), *errors, *ends),
