@@ -76,6 +76,7 @@ struct vdi {
 	uint32_t base;                  /* places taken when the image was opened: older entries are below */
 	uint32_t next;                  /* places taken now, also by allocs that are not linked */
 	uint32_t count_disk, count_plan;        /* what the header counts; and the plan that runs makes it */
+	bool count_unsure;              /* a plan failed: perhaps after it wrote the count */
 	uint64_t blank_from;            /* host offset from which new space reads as zeroes */
 	struct alloc *allocs;
 	unsigned wipes, spares;
@@ -777,7 +778,7 @@ static int vdi_gather(struct image *i, struct plan *p)
 
 	put32(count, v->next);
 	v->count_plan = v->next;
-	if (v->next != v->count_disk)
+	if (v->next != v->count_disk || v->count_unsure)
 		r = plan_write(p, AT_COUNT, count, sizeof(count));
 	if (!r && map)
 		r = plan_barrier(p);
@@ -794,6 +795,7 @@ static void vdi_gathered(struct image *i, int err)
 	unsigned n = v->wipes;
 
 	tables_gathered(v->tables, err);
+	v->count_unsure = err;
 	if (!err) {
 		v->count_disk = v->count_plan;
 		put32(v->header + AT_COUNT, v->count_disk);

@@ -47,6 +47,8 @@ def main():
     # A table that cannot be read, and nobody waits for it any more: what comes later reads it again.
     stale = [submit(WRITE, 20, 1), submit(FLUSH, 0, 0), at_once(0xFF), submit(WRITE, 90, 1), end(0, SHORT), end(0, EIO)]
     seeds = {
+        "no-memory": seed(VDI4K, 1, SMALL, 0xFF, bytes.fromhex("0f00153300006105 0000af9d0a19dd55 0000 6172 6d61")),
+        "vdi-count": seed(VDI1M, THROUGH_STOP, 0, 0xFF, bytes.fromhex("004100002013000100f82222222222222222222222222222050015002500050015002500ba05001500250015054e150b05193b")),
         "stale-error": seed(Q512, PLAIN, 0, 0, *stale),
         "late-read": seed(Q4K, PLAIN, 0, 0, *late, *ends),
         "late-read-backed": seed(Q4K_BACKED, PLAIN, 0, 0, *late, *ends),

@@ -821,10 +821,10 @@ static void open_disk(const char *more, bool direct)
 static void come_to_rest(void)
 {
 	meta_in = grow_in = memory_in = at_once = 0;
-	if (disk->flush_failed && stops)        /* a flush is never tried again, and so fails for ever */
-		disk_drain(disk);
 	while (requests) {
-		if (waiting)
+		if (disk->flush_failed && stops)        /* a flush is never tried again, and so fails for ever */
+			disk_drain(disk);
+		else if (waiting)
 			complete(0, 0);
 		else if (!run_timer())
 			wrong("a request waits for nothing", 0);
