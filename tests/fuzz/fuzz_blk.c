@@ -882,8 +882,12 @@ static void read_all(void)
 /* Errors are over: what comes now is done. */
 static void use_again(bool faulty)
 {
-	bool was_failed = failed, was_soft = soft;
+	bool was_failed, was_soft;
 
+	while (waiting)         /* what nobody waits for may have failed already */
+		complete(0, 0);
+	was_failed = failed;
+	was_soft = soft;
 	failed = soft = faulty;
 	in = in_end;
 	read_all();
