@@ -90,14 +90,15 @@ def test_a_timeout_of_a_stopped_machine_says_why(run):
     assert r.status == 124 and blk(r)["stopped"] is True and blk(r)["faults"] >= 2
 
 
-def test_the_log_has_what_the_guest_wrote(run, tmp_path):
+@pytest.mark.parametrize("cache, flags", [("writeback", 0), ("writethrough", 2)])
+def test_the_log_has_what_the_guest_wrote(run, tmp_path, cache, flags):
     log = tmp_path / "log"
-    r = run(f"log={log}")
+    r = run(f"log={log},cache={cache}")
     assert r.status == 0 and blk(r)["log_entries"] == 2 and blk(r)["log_error"] is None
     data = log.read_bytes()
     assert struct.unpack_from("<QQQI", data) == (0x6a736677736872, 1, 2, 512)
-    # this driver takes no flush feature: every write goes through to the medium (FUA)
-    assert struct.unpack_from("<QQQQ", data, 512) == (1, 1, 2, 0)
+    # write-through: every write goes to the medium (FUA)
+    assert struct.unpack_from("<QQQQ", data, 512) == (1, 1, flags, 0)
     assert data[1024:1536] == bytes(i * 7 & 0xff for i in range(512))
     assert struct.unpack_from("<QQQQ", data, 1536) == (0, 0, 1, 0) and len(data) == 2048
 
