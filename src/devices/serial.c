@@ -57,6 +57,7 @@ struct serial {
 	bool sent;              /* the "transmitter empty" interrupt is pending */
 	bool starved;           /* room() said 0: chardev_more() when that changes */
 	bool polled;            /* the guest listens by polling */
+	bool held_break;        /* came before the guest listened: it waits as bytes do */
 	unsigned polls;         /* line status reads since the last byte sent */
 	bool high;              /* what we last drove the interrupt pin to */
 	uint8_t fifo[FIFO_SIZE];
@@ -126,6 +127,16 @@ static void receive(struct serial *s, uint8_t byte, unsigned limit)
 	s->fifo[(s->head + s->count++) % FIFO_SIZE] = byte;
 }
 
+/* The driver sees a break with the NUL that comes with it (PC16550D, 8.5). */
+static void deliver_break(struct serial *s)
+{
+	s->held_break = !listens(s);
+	if (s->held_break)
+		return;
+	receive(s, 0, FIFO_SIZE);
+	s->lsr |= UART_LSR_BI;
+}
+
 static uint8_t take(struct serial *s)
 {
 	uint8_t byte = s->fifo[s->head];
@@ -174,6 +185,8 @@ static void write_ier(struct serial *s, uint8_t val)
 	s->ier = val & 0x0f;
 	if (val & UART_IER_RDI)
 		s->polled = false;
+	if (s->held_break)
+		deliver_break(s);
 }
 
 /* True if the byte goes out to the host. */
@@ -246,6 +259,8 @@ static uint8_t read_line_status(struct serial *s)
 
 	if (!listens(s) && ++s->polls >= POLLS)
 		s->polled = true;
+	if (s->held_break)
+		deliver_break(s);
 	val = s->lsr | LSR_SENT | (s->count && listens(s) ? UART_LSR_DR : 0);
 	s->lsr = 0;
 	return val;
@@ -323,14 +338,11 @@ static void serial_input(struct chardev_user *u, const uint8_t *buf, size_t len)
 	pthread_mutex_unlock(&s->pc.lock);
 }
 
-/* Any thread. The driver sees the break with the NUL that comes with it (PC16550D, 8.5). */
+/* Any thread. */
 static void receive_break(struct serial *s)
 {
 	pthread_mutex_lock(&s->pc.lock);
-	if (listens(s)) {
-		receive(s, 0, FIFO_SIZE);
-		s->lsr |= UART_LSR_BI;
-	}
+	deliver_break(s);
 	update_irq(s);
 	pthread_mutex_unlock(&s->pc.lock);
 }
@@ -349,7 +361,7 @@ static void serial_reset(void *dev)
 	s->divisor = DIVISOR_9600;
 	s->sent = false;
 	s->head = s->count = s->polls = 0;
-	s->polled = false;
+	s->polled = s->held_break = false;
 	update_irq(s);
 	more = has_fed(s);
 	pthread_mutex_unlock(&s->pc.lock);

@@ -312,6 +312,25 @@ START_TEST(test_serial_break_is_a_nul_with_its_flag)
 }
 END_TEST
 
+/* As bytes do: until the driver asks for an interrupt, or looks again and again. */
+START_TEST(test_serial_break_waits_for_who_listens)
+{
+	unsigned looks = 0;
+
+	start();
+	serial_break(&m.vm, 0);
+	wr(UART_IER, UART_IER_RDI);
+	ck_assert_uint_eq(rd(UART_LSR) & (UART_LSR_BI | UART_LSR_DR), UART_LSR_BI | UART_LSR_DR);
+	ck_assert_uint_eq(rd(UART_RX), 0);
+	wr(UART_IER, 0);
+	serial_break(&m.vm, 0);
+	while (!(rd(UART_LSR) & UART_LSR_BI) && looks < 100)
+		looks++;
+	ck_assert_uint_lt(looks, 100);
+	stop();
+}
+END_TEST
+
 START_TEST(test_serial_sees_a_panic_pass)
 {
 	static const char text[] = "[    1.0] Kernel panic - not syncing: x\r\n";
@@ -369,5 +388,6 @@ UNIT_MAIN("serial", test_serial_looks_like_a_16550a, test_serial_divisor_is_behi
 	test_serial_start_of_a_driver_costs_no_input, test_serial_loopback_stays_inside,
 	test_serial_overrun_is_a_line_status_interrupt, test_serial_modem_interrupt_is_cleared_by_msr,
 	test_serial_reset_drops_input_and_interrupts, test_serial_sees_a_panic_pass,
-	test_serial_break_is_a_nul_with_its_flag, test_serial_without_a_host_end_swallows, test_serial_ports_share_lines_as_on_a_pc,
+	test_serial_break_is_a_nul_with_its_flag, test_serial_break_waits_for_who_listens,
+	test_serial_without_a_host_end_swallows, test_serial_ports_share_lines_as_on_a_pc,
 	test_row56_serial_never_waits_for_its_reader)
