@@ -32,7 +32,7 @@ def base():
 
 def argv(initrd, results, disk, network):
 	# One CPU: with two, the emulated SVM loses a guest in some starts (a triple fault, or a lock that
-	# is never let go), whichever program runs it: 34 of 438 under vmm, 5 of 133 under QEMU. With one: none of 143.
+	# is never let go), whichever program runs it: 38 of about 580 under vmm, 5 of about 134 under QEMU. With one: none of 143.
 	cmd = ['qemu-system-x86_64', '-M', 'q35', '-accel', 'tcg', '-cpu', 'max', '-smp', '1',
 		'-m', '2G', '-nodefaults', '-display', 'none', '-no-reboot',
 		'-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console',
