@@ -235,8 +235,9 @@ def test_a_unix_chardev_accepts_in_the_sandbox(kvm, flat):
         with contextlib.suppress(OSError):
             peer.connect(str(path))
             break
-    peer.sendall(b"hello wq")
     with peer, peer.makefile("rb") as lines:
+        assert lines.readline() == b"do=echo\n"        # the serial port listens: before, nobody does
+        peer.sendall(b"hello wq")
         assert b"hello wq" in lines.read()
     assert child.wait(20) == 0, child.stderr.read()
     child.stderr.close()
